@@ -3,12 +3,25 @@
 Time is not in the events: step() takes it, so that no event can lack it. An effect that begins with Save is
 durable before any effect after it is carried out.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .model import (CallId, ClientId, GlobalModel, ModelId, ModelUpdate, Outcome, Report, RoundRecord, SessionRecord,
-                    Task, UpdateId, Verdict)
+from fl_server.core.model import (
+    CallId,
+    ClientId,
+    GlobalModel,
+    ModelId,
+    ModelUpdate,
+    Outcome,
+    Report,
+    RoundRecord,
+    SessionRecord,
+    Task,
+    UpdateId,
+    Verdict,
+)
 
 # ---- events: requests, each answered exactly once
 
@@ -19,7 +32,7 @@ class StartRequested:
 
     call: CallId
     attached: tuple[ClientId, ...]  # everybody attached now; from here on ClientAttached and ClientDetached tell
-    rounds: int | None = None
+    rounds: int | None = None  # this many more; None: as the config says
     round_timeout_s: float | None = None
     wait_for_clients_s: float = 0.0
     client_ids: frozenset[ClientId] | None = None  # only these take part; None: everybody
@@ -114,8 +127,21 @@ class EffectFailed:
     reason: str
 
 
-Event = (StartRequested | StopRequested | UpdateReceived | ClientAttached | ClientDetached | ValidationReported
-         | DeadlinePassed | Recovered | StoreReturned | Broken | Aggregated | UpdateLost | EffectFailed)
+Event = (
+    StartRequested
+    | StopRequested
+    | UpdateReceived
+    | ClientAttached
+    | ClientDetached
+    | ValidationReported
+    | DeadlinePassed
+    | Recovered
+    | StoreReturned
+    | Broken
+    | Aggregated
+    | UpdateLost
+    | EffectFailed
+)
 
 # ---- effects
 
@@ -139,7 +165,7 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class SaveModel:
-    """The model's own record and its round's COMPLETED: made from the session's, so writing them twice is writing once."""
+    """The model's own record and its round's COMPLETED: made from the session's, so written twice is written once."""
 
     record: SessionRecord
 

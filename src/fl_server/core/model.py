@@ -3,12 +3,16 @@
 Everything here is frozen. A record is exactly what lies on disk: the machines in round.py and session.py
 hold one and replace it whole, so that "what is saved" and "what we decide from" cannot differ.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import UnionType
 from typing import Any, NamedTuple, NewType
+
+from fl_server.core import server_opt
 
 ClientId = NewType("ClientId", str)
 UpdateId = NewType("UpdateId", str)
@@ -19,6 +23,26 @@ CallId = NewType("CallId", int)  # whom to answer; the shell's number, meaningle
 
 class InvalidConfig(ValueError):
     """The message begins with the field's name."""
+
+
+LONGEST_DURATION_S = 1e9  # 30 years: a time of our days plus it is still exact to the microsecond
+
+
+def check_duration(field: str, seconds: float, *, zero: bool = False) -> None:
+    """Raises InvalidConfig unless it is a finite number above 0 (or 0, where that is allowed)."""
+    if not _is_number(seconds, int | float) or not 0 <= seconds <= LONGEST_DURATION_S or (seconds == 0 and not zero):
+        least = "0 or above" if zero else "above 0"
+        raise InvalidConfig(f"{field}: {seconds!r}, a number of seconds {least} and at most 1e9 needed")
+
+
+def _check_count(field: str, count: int, *, least: int) -> None:
+    if not _is_number(count, int) or count < least:
+        raise InvalidConfig(f"{field}: {count!r}, a whole number of at least {least} needed")
+
+
+def _is_number(value: object, kind: type | UnionType) -> bool:
+    """What comes from JSON may be true, or text, whatever the annotation says."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class TaskKind(StrEnum):
@@ -50,10 +74,10 @@ class Task(NamedTuple):
 
 class Verdict(StrEnum):
     ACCEPTED = "accepted"
-    DUPLICATE = "duplicate"        # another update already closed this task
+    DUPLICATE = "duplicate"  # another update already closed this task
     NOT_SELECTED = "not_selected"  # names no task that was issued to this client
-    LATE = "late"                  # its round closed without it
-    REJECTED = "rejected"          # its content is at fault, or was lost
+    LATE = "late"  # its round closed without it
+    REJECTED = "rejected"  # its content is at fault, or was lost
 
 
 class Outcome(StrEnum):
@@ -122,14 +146,24 @@ class SessionConfig:
     retry_wait_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise InvalidConfig(f"rounds: {self.rounds}, at least 1 needed")
-        if self.min_clients < 1:
-            raise InvalidConfig(f"clients_required: {self.min_clients}, at least 1 needed")
+        _check_count("rounds", self.rounds, least=1)
+        _check_count("clients_required", self.min_clients, least=1)
+        _check_count("requested_clients", self.requested_clients, least=0)
+        _check_count("round_retries", self.round_retries, least=0)
+        check_duration("round_timeout", self.round_timeout_s)
+        check_duration("validation_timeout_s", self.validation_timeout_s)
+        check_duration("selection_timeout_s", self.selection_timeout_s)
+        check_duration("rejoin_window_s", self.rejoin_window_s, zero=True)
+        check_duration("retry_wait_s", self.retry_wait_s, zero=True)
         if 0 < self.requested_clients < self.min_clients:
-            raise InvalidConfig(f"requested_clients: {self.requested_clients}, below clients_required {self.min_clients}")
-        if self.buffer_size < -1 or self.buffer_size == 0:
-            raise InvalidConfig(f"buffer_size: {self.buffer_size}, -1 or at least 1 needed")
+            what = f"{self.requested_clients}, below clients_required {self.min_clients}"
+            raise InvalidConfig(f"requested_clients: {what}")
+        if not _is_number(self.buffer_size, int) or self.buffer_size < -1 or self.buffer_size == 0:
+            raise InvalidConfig(f"buffer_size: {self.buffer_size!r}, -1 or at least 1 needed")
+        try:
+            server_opt.parse(self.aggregator, self.aggregator_kwargs)
+        except ValueError as wrong:
+            raise InvalidConfig(str(wrong)) from None
         if self.client_ids is not None and len(self.client_ids) < self.min_clients:
             raise InvalidConfig(f"client_ids: {len(self.client_ids)}, below clients_required {self.min_clients}")
 
@@ -143,8 +177,8 @@ class SessionConfig:
 
 
 class Phase(StrEnum):
-    SELECTING = "selecting"      # waiting until enough clients are attached
-    TRAINING = "training"        # tasks are out, updates come in
+    SELECTING = "selecting"  # waiting until enough clients are attached
+    TRAINING = "training"  # tasks are out, updates come in
     AGGREGATING = "aggregating"  # the set of updates is frozen, the new model is made
     COMPLETED = "completed"
     FAILED = "failed"
@@ -181,9 +215,9 @@ class SessionRecord:
     seed: int
     model: GlobalModel  # current; model.round rounds are committed
     status: Status = Status.CREATED
-    reason: str = ""
-    attempt: int = 0      # tries begun of round model.round + 1; goes on when the session is continued
-    failures: int = 0     # tries of that round that failed since the session was started
+    reason: str = ""  # why it ended; while it runs: why the last try of the current round failed
+    attempt: int = 0  # tries begun of round model.round + 1; goes on when the session is continued
+    failures: int = 0  # tries of that round that failed since the session was started
     last_round: int = 0
     version: int = 0
 

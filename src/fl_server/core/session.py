@@ -3,20 +3,56 @@
 step(session, event, at) changes the session and returns what must be done, in order. It is the only way to change
 one. Same events at same times, same session and same effects: no I/O, clock or randomness in here.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, assert_never
 
-from . import round as rounds
-from .events import (Aggregated, Answer, AnswerFromStore, Broken, ClientAttached, ClientDetached, DeadlinePassed,
-                     Discard, Effect, EffectFailed, Event, IssueTask, Recovered, SaveModel, SaveSession, StartRequested,
-                     StopRequested, StoreReturned, UpdateLost, UpdateReceived, ValidationReported, WakeAt)
-from .model import (CallId, ClientId, GlobalModel, InvalidConfig, Outcome, Phase, Report, RoundRecord, SessionRecord, Status, Task,
-                    TaskKind, Verdict)
-from .round import Round
-from .selection import choose_cohort
+from fl_server.core import round as rounds
+from fl_server.core.events import (
+    Aggregated,
+    Answer,
+    AnswerFromStore,
+    Broken,
+    ClientAttached,
+    ClientDetached,
+    DeadlinePassed,
+    Discard,
+    Effect,
+    EffectFailed,
+    Event,
+    IssueTask,
+    Recovered,
+    SaveModel,
+    SaveSession,
+    StartRequested,
+    StopRequested,
+    StoreReturned,
+    UpdateLost,
+    UpdateReceived,
+    ValidationReported,
+    WakeAt,
+)
+from fl_server.core.model import (
+    CallId,
+    ClientId,
+    GlobalModel,
+    InvalidConfig,
+    Outcome,
+    Phase,
+    Report,
+    RoundRecord,
+    SessionRecord,
+    Status,
+    Task,
+    TaskKind,
+    Verdict,
+    check_duration,
+)
+from fl_server.core.round import Round
+from fl_server.core.selection import choose_cohort
 
 
 @dataclass(slots=True)
@@ -25,7 +61,7 @@ class Validation:
 
     model: GlobalModel
     deadline: float
-    open: set[ClientId] = field(default_factory=set)      # here (or expected back), and have not reported
+    open: set[ClientId] = field(default_factory=set)  # here (or expected back), and have not reported
     reported: set[ClientId] = field(default_factory=set)
 
 
@@ -34,15 +70,16 @@ class Session:
     record: SessionRecord
     round: Round | None = None  # None: nothing to train (not running, or the last model is being validated)
     validation: Validation | None = None
-    attached: dict[ClientId, float] = field(default_factory=dict)   # since when; only those that client_ids admits
+    attached: dict[ClientId, float] = field(default_factory=dict)  # since when; only those that client_ids admits
     last_seen: dict[ClientId, float] = field(default_factory=dict)  # of those that left, for explain
     awaited: set[ClientId] = field(default_factory=set)  # were here before the restart, are not back yet
     awaited_until: float = 0.0
     alarm: float | None = None
 
     @classmethod
-    def from_records(cls, record: SessionRecord, round: RoundRecord | None, reports: Iterable[Report],
-                     validated: Iterable[ClientId]) -> Session:
+    def from_records(
+        cls, record: SessionRecord, round: RoundRecord | None, reports: Iterable[Report], validated: Iterable[ClientId]
+    ) -> Session:
         """What the store knows of it; Recovered, the next event, sets it going."""
         session = cls(record)
         if record.status is Status.RUNNING:
@@ -54,6 +91,7 @@ class Session:
 
 
 def step(session: Session, event: Event, at: float) -> list[Effect]:
+    """What must be done now, in this order. at: seconds since the epoch; it decides, not the alarm."""
     effects = _handle(session, event, at)
     while more := _settle(session, at):
         effects += more
@@ -128,7 +166,8 @@ def _settle(session: Session, at: float) -> list[Effect]:
             rejected = round.reported - round.accepted
             return _fail(session, f"{round.accepted} of {config.min_updates} updates, {rejected} rejected", at)
         case Phase.AGGREGATING if not enough:
-            return _fail(session, f"{round.accepted} of {config.min_updates} updates left, the others' bytes were lost", at)
+            reason = f"{round.accepted} of {config.min_updates} updates left, the others' bytes were lost"
+            return _fail(session, reason, at)
         case _:
             return []
 
@@ -140,7 +179,8 @@ def _next_deadline(session: Session, at: float) -> float | None:
     if session.validation:
         deadlines.append(session.validation.deadline)
     if session.round and session.round.record.phase is Phase.SELECTING:
-        deadlines.append(session.round.opens_at if at < session.round.opens_at else session.round.select_until)
+        if not session.awaited:  # else nothing is decided before they are back, and that has its own deadline
+            deadlines.append(session.round.opens_at if at < session.round.opens_at else session.round.select_until)
     elif session.round and session.round.record.phase is Phase.TRAINING:
         deadlines.append(session.round.record.deadline)
     return min(deadlines, default=None)
@@ -153,18 +193,25 @@ def _start(session: Session, event: StartRequested, at: float) -> list[Effect]:
     record = session.record
     if record.status is Status.RUNNING:
         return [Answer(event.call, Outcome.CONFLICT, "the session is running")]
+    asked: dict[str, Any] = {"client_ids": event.client_ids, "model_name_prefix": event.model_name_prefix}
+    if event.rounds is not None:
+        asked["rounds"] = event.rounds
+    if event.round_timeout_s is not None:
+        asked["round_timeout_s"] = event.round_timeout_s
     try:
-        config = replace(record.config, round_timeout_s=event.round_timeout_s or record.config.round_timeout_s,
-                         client_ids=event.client_ids, model_name_prefix=event.model_name_prefix)
+        config = replace(record.config, **asked)
+        check_duration("wait_for_clients_s", event.wait_for_clients_s, zero=True)
     except InvalidConfig as wrong:
         return [Answer(event.call, Outcome.REFUSED, str(wrong))]
     here = [client for client in event.attached if config.admits(client)]
     if len(here) < config.min_clients and not event.wait_for_clients_s:
         return [Answer(event.call, Outcome.REFUSED, f"{len(here)} of {config.min_clients} clients attached")]
     session.attached = dict.fromkeys(here, at)
+    session.last_seen.clear()
     session.awaited.clear()
-    _write(session, status=Status.RUNNING, reason="", config=config, failures=0,
-           last_round=record.model.round + (event.rounds or config.rounds))
+    model = replace(record.model, optimizer_state="")  # as FEDn: the moments start afresh
+    last_round = model.round + config.rounds
+    _write(session, status=Status.RUNNING, reason="", config=config, model=model, failures=0, last_round=last_round)
     saved = _begin_round(session, at, select_for_s=event.wait_for_clients_s or config.selection_timeout_s)
     return [*saved, Answer(event.call, Outcome.DONE)]
 
@@ -261,7 +308,7 @@ def _commit(session: Session, model: GlobalModel, at: float) -> list[Effect]:
     config, done = session.record.config, session.round
     assert done is not None
     rounds.enter(done, Phase.COMPLETED)  # its record is written with the model's, after the session's
-    _write(session, model=model, attempt=0, failures=0)
+    _write(session, model=model, attempt=0, failures=0, reason="")
     session.round = None
     if model.round < session.record.last_round:
         saved = _begin_round(session, at, select_for_s=config.selection_timeout_s)
@@ -281,7 +328,7 @@ def _fail(session: Session, reason: str, at: float) -> list[Effect]:
     if session.record.failures >= config.round_retries:
         return _end(session, Status.FAILED, f"round {failed.record.number}: {reason}")
     ended = rounds.enter(failed, Phase.FAILED, reason=reason)
-    _write(session, failures=session.record.failures + 1)
+    _write(session, failures=session.record.failures + 1, reason=reason)
     begun = _begin_round(session, at, select_for_s=config.selection_timeout_s, pause_s=config.retry_wait_s)
     return [*begun, *ended, _discard(failed)]
 
@@ -348,9 +395,12 @@ def _postpone(session: Session, away_s: float) -> list[Effect]:
 def _aggregating(session: Session, number: int, attempt: int, num_updates: int | None = None) -> bool:
     """Whether this is how the running Aggregate ended, and not how a former one did."""
     round = session.round
-    return (round is not None and round.record.phase is Phase.AGGREGATING
-            and (round.record.number, round.record.attempt) == (number, attempt)
-            and num_updates in (None, round.accepted))
+    return (
+        round is not None
+        and round.record.phase is Phase.AGGREGATING
+        and (round.record.number, round.record.attempt) == (number, attempt)
+        and num_updates in (None, round.accepted)
+    )
 
 
 def _discard(round: Round) -> Discard:
@@ -361,5 +411,13 @@ def _discard(round: Round) -> Discard:
 def _too_few(session: Session, at: float) -> str:
     config = session.record.config
     gone = sorted((seen, client) for client, seen in session.last_seen.items() if client not in session.attached)
-    said = [f"{client} last seen {at - seen:.0f} s ago" for seen, client in gone[-3:]]
+    said = [f"{client} last seen {duration_text(at - seen)} ago" for seen, client in gone[-3:]]
     return "; ".join([f"{len(session.attached)} of {config.min_clients} clients attached", *said])
+
+
+def duration_text(seconds: float) -> str:
+    """As a person would say it: "41 s", "3 min", "2 h"."""
+    for unit, name in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds // unit:.0f} {name}"
+    return f"{max(0.0, seconds):.0f} s"

@@ -1,0 +1,55 @@
+# Everything a contributor runs. Each target installs what it needs first; nothing has to be set or exported.
+# Another Python than python3: make install PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PROTOC := $(BIN)/python -m grpc_tools.protoc --proto_path=fl_client/wire=protos
+WIRE := fl_client/wire/fl_pb2.py fl_client/wire/fl_pb2.pyi fl_client/wire/fl_pb2_grpc.py
+
+.DEFAULT_GOAL := help
+.PHONY: help install protos format check test test-long fedn-venv demo clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv and install flserve into it, with the versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"flserve needs Python 3.11 or newer, $(PYTHON) is {v.major}.{v.minor}: make install PYTHON=...")'
+	@test -x $(BIN)/pip || { echo "making .venv"; $(PYTHON) -m venv --clear .venv; }
+	@echo "installing into .venv (a minute or two the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,demo,dev]'
+	@touch $@
+
+protos: install ## generate the stubs in src/fl_client/wire from protos/fl.proto
+	$(PROTOC) --python_out=src --pyi_out=src --grpc_python_out=src fl_client/wire/fl.proto
+
+format: install ## format the code, and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: install ## lint, types, floors (who may import whom), generated stubs fresh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
+	$(PROTOC) --python_out="$$fresh" --pyi_out="$$fresh" --grpc_python_out="$$fresh" fl_client/wire/fl.proto && \
+	for stub in $(WIRE); do diff -u "src/$$stub" "$$fresh/$$stub" || { echo "src/$$stub is stale: make protos"; exit 1; }; done
+
+test: install fedn-venv ## the tests, under 10 minutes
+	$(BIN)/pytest -m "not long"
+
+test-long: install fedn-venv ## every crash point, outages, fuzzing
+	$(BIN)/pytest -m long
+
+fedn-venv: install # FEDn's own client, in a virtual environment of its own that outlives the clone
+	@$(BIN)/python tests/interop/fedn_venv.py
+
+demo: install ## five clients train on handwritten digits, in less than a minute
+	$(BIN)/flserve demo
+
+clean: ## remove .venv and the caches (never the data of a server)
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	find src tests examples -type d -name __pycache__ -prune -exec rm -rf {} +

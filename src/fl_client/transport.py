@@ -1,0 +1,247 @@
+"""What goes over the network: the request for a combiner (REST), the task stream, models and reports (gRPC).
+
+The only file that knows httpx and grpc: their errors become ours here, and nothing is tried twice here.
+
+  ClientError     the end of this client: it is refused, replaced, or wrongly set up
+  Unreachable     it may work later, and may have happened: do it again
+  CallRefused     this call will never work, others may
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import httpx
+
+from fl_client.wire import fl_pb2 as pb
+from fl_client.wire import fl_pb2_grpc
+from fl_client.wire.chunks import split
+
+_stubs: Any = fl_pb2_grpc  # generated without types; each method below says what goes in and out
+
+
+class ClientError(Exception):
+    pass
+
+
+class Unreachable(Exception):
+    pass
+
+
+class CallRefused(Exception):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Where the combiner is."""
+
+    host: str
+    port: int
+    tls: bool
+
+    @classmethod
+    def parse(cls, address: str) -> Assignment:
+        """From "host:port"; port 443 means TLS, as in FEDn. Raises ClientError."""
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isascii() and port.isdigit() and int(port) < 65536):
+            raise ClientError(f"combiner: {address!r} is not host:port")
+        return cls(host, int(port), tls=port == "443")
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+async def ask_assignment(http: httpx.AsyncClient, api_url: str, body: Mapping[str, str], token: str) -> Assignment:
+    """One POST of clients/add. Raises Unreachable while the server has no place for us, ClientError if it never will."""
+    url = f"{api_url.rstrip('/')}/api/v1/clients/add"
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        reply = await http.post(url, json=body, headers=headers)
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
+        raise ClientError(f"api_url: {api_url!r}: {exc}") from exc
+    except httpx.HTTPError as exc:
+        raise Unreachable(f"{url} does not answer ({type(exc).__name__}: {exc})") from exc
+    message = _message(reply)
+    if reply.status_code == 203:
+        raise Unreachable(f"{url} says to wait: {message}")
+    if reply.status_code >= 500 or reply.status_code in (408, 429):
+        raise Unreachable(f"{url} answered {reply.status_code}: {message}")
+    if reply.status_code != 200:
+        raise ClientError(f"{url} answered {reply.status_code}: {message}")
+    match reply.json():
+        case {"fqdn": str(fqdn)} if fqdn:
+            return Assignment(fqdn, 443, tls=True)
+        case {"host": str(host), "port": int(port)} if host:
+            return Assignment(host, port, tls=port == 443)
+    raise ClientError(f"{url} assigned no combiner: {message}")
+
+
+def _message(reply: httpx.Response) -> str:
+    try:
+        body = reply.json()
+    except ValueError:
+        body = None
+    match body:
+        case {"message": str(message)}:
+            return message
+        case {"detail": str(detail)}:
+            return detail
+    return " ".join(reply.text.split())[:200] or reply.reason_phrase
+
+
+# Our server leaves only UNAVAILABLE and the two of authentication; the others come from proxies and from FEDn's.
+_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+_AGAIN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+
+
+@contextmanager
+def _our_errors(call: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as exc:
+        text = f"{call}: {exc.code().name}: {exc.details()}"
+        if exc.code() in _REFUSED:
+            raise ClientError(text) from exc
+        if exc.code() in _AGAIN:
+            raise Unreachable(text) from exc
+        raise CallRefused(text) from exc
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Unreachable(f"{call}: the channel was closed") from None  # grpc says so by a CancelledError, too
+
+
+class TaskStream:
+    """An attachment to the combiner. It ends by Unreachable or ClientError, never quietly."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    async def attached(self) -> None:
+        """Returns when the server has answered: at once, or with the first task where it sends no metadata before."""
+        with _our_errors("TaskStream"):
+            await self._call.initial_metadata()
+            if self._call.done():
+                await self.task()
+
+    async def task(self) -> pb.TaskRequest:
+        try:
+            with _our_errors("TaskStream"):
+                request = await self._call.read()
+        except CallRefused as exc:
+            raise Unreachable(str(exc)) from exc
+        except Unreachable as exc:
+            match exc.__cause__:
+                case grpc.aio.AioRpcError() as rpc if rpc.code() is grpc.StatusCode.ABORTED:
+                    if "attached again" in (rpc.details() or ""):
+                        raise ClientError(f"another process with this client id took over: {rpc.details()}") from exc
+            raise
+        if isinstance(request, pb.TaskRequest):
+            return request
+        raise Unreachable("TaskStream: the server ended it")
+
+    def close(self) -> None:
+        self._call.cancel()
+
+
+class Link:
+    """A channel to one combiner; it connects by itself, again and again. Closing it ends all calls as Unreachable.
+
+    Transfers have no deadline: a combiner may take its time to admit one, and a dead peer is found by the pings.
+    """
+
+    def __init__(self, at: Assignment, client_id: str, token: str, *, base_s: float, cap_s: float) -> None:
+        self.at = at
+        options = [
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),  # an idle task stream has no data, and must notice a dead peer
+            ("grpc.use_local_subchannel_pool", 1),  # clients of one process do not share a connection
+            ("grpc.initial_reconnect_backoff_ms", int(base_s * 1000)),
+            ("grpc.max_reconnect_backoff_ms", int(cap_s * 1000)),
+        ]
+        if at.tls:
+            self._channel = grpc.aio.secure_channel(str(at), grpc.ssl_channel_credentials(), options)
+        else:
+            self._channel = grpc.aio.insecure_channel(str(at), options)
+        self._metadata = [("client", client_id), ("grpc-server", at.host)]
+        if token:
+            self._metadata.append(("authorization", f"Bearer {token}"))
+        self._combiner = _stubs.CombinerStub(self._channel)
+        self._models = _stubs.ModelServiceStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    def attach(self, sender: pb.Client) -> TaskStream:
+        return TaskStream(self._combiner.TaskStream(pb.ClientAvailableMessage(sender=sender), metadata=self._metadata))
+
+    async def download(self, model_id: str, sender: pb.Client, *, max_bytes: int) -> bytearray | None:
+        """The model's bytes; None if there is no such model. Raises CallRefused above max_bytes."""
+        data = bytearray()
+        with _our_errors("Download"):
+            call = self._models.Download(pb.ModelRequest(id=model_id, sender=sender), metadata=self._metadata)
+            try:
+                async for response in call:
+                    match response.status:
+                        case pb.ModelStatus.IN_PROGRESS:
+                            data += response.data
+                            if len(data) > max_bytes:
+                                raise CallRefused(f"Download: model {model_id} is larger than {max_bytes} bytes")
+                        case pb.ModelStatus.OK:
+                            return data
+                        case pb.ModelStatus.FAILED:
+                            return None
+            finally:
+                call.cancel()
+        raise Unreachable(f"Download: model {model_id} ended without its last message")
+
+    async def upload(self, update_id: str, data: bytes) -> None:
+        """Returns when the server has said that it is durable. Raises CallRefused with the server's reason."""
+
+        async def requests() -> AsyncIterator[pb.ModelRequest]:
+            for chunk in split(memoryview(data)):
+                yield pb.ModelRequest(id=update_id, data=bytes(chunk), status=pb.ModelStatus.IN_PROGRESS)
+            yield pb.ModelRequest(id=update_id, status=pb.ModelStatus.OK)
+
+        with _our_errors("Upload"):
+            response = await self._models.Upload(requests(), metadata=self._metadata)
+        if response.status != pb.ModelStatus.OK:
+            raise CallRefused(f"Upload: {response.message}")
+
+    async def send_update(self, update: pb.ModelUpdate, timeout_s: float) -> pb.Response:
+        with _our_errors("SendModelUpdate"):
+            return _response(await self._combiner.SendModelUpdate(update, metadata=self._metadata, timeout=timeout_s))
+
+    async def send_validation(self, validation: pb.ModelValidation, timeout_s: float) -> pb.Response:
+        with _our_errors("SendModelValidation"):
+            return _response(
+                await self._combiner.SendModelValidation(validation, metadata=self._metadata, timeout=timeout_s)
+            )
+
+    async def send_prediction(self, prediction: pb.ModelPrediction, timeout_s: float) -> pb.Response:
+        with _our_errors("SendModelPrediction"):
+            return _response(
+                await self._combiner.SendModelPrediction(prediction, metadata=self._metadata, timeout=timeout_s)
+            )
+
+
+def _response(message: Any) -> pb.Response:
+    assert isinstance(message, pb.Response)
+    return message

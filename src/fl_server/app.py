@@ -1,0 +1,191 @@
+"""The composition root: settings -> stores -> scheduler -> gRPC and REST, in one process and one TaskGroup.
+
+Start: owner lock, recovery, gRPC port, REST port, ready: an update must never meet a server that has not loaded its
+session. Stop: no new work, streams end with "come again", calls under way finish, stores close. What an aggregation
+had done so far is left: recovery does it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from fl_server.combiner.downloads import Downloads
+from fl_server.combiner.server import CombinerServer
+from fl_server.combiner.servicer import Limits, Servicer
+from fl_server.errors import Unavailable
+from fl_server.rest.app import create_app
+from fl_server.scheduler.aggregation import Workshop
+from fl_server.scheduler.intake import Intake
+from fl_server.scheduler.scheduler import Patience, Scheduler
+from fl_server.settings import Settings
+from fl_server.store.files import FileBlobStore
+from fl_server.store.spool import Spool
+from fl_server.store.sqlite import SqliteStateStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Executors:
+    """Never the loop's default pool: a save must not wait behind inflations."""
+
+    state: ThreadPoolExecutor
+    disk: ThreadPoolExecutor
+    kernel: ThreadPoolExecutor
+
+
+@contextmanager
+def executors() -> Iterator[Executors]:
+    made = Executors(
+        ThreadPoolExecutor(1, thread_name_prefix="state"),
+        ThreadPoolExecutor(4, thread_name_prefix="disk"),
+        ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="kernel"),
+    )
+    try:
+        yield made
+    finally:
+        for pool in (made.state, made.disk, made.kernel):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that is ready."""
+
+    api_url: str
+    grpc_port: int
+    scheduler: Scheduler
+
+
+@asynccontextmanager
+async def scheduling(settings: Settings, pools: Executors, clock: Callable[[], float]) -> AsyncIterator[Scheduler]:
+    """The stores opened and the scheduler recovered, without ports."""
+    data, fsync = settings.data_dir, settings.durability == "host"
+    data.mkdir(parents=True, exist_ok=True)
+    store = SqliteStateStore(data / "state.db", pools.state, fsync=fsync)
+    await store.open(f"flserve, process {os.getpid()} on {socket.gethostname()}, data in {data.resolve()}")
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(store.close)
+        models = FileBlobStore(data / "models", pools.disk, fsync=fsync)
+        updates = FileBlobStore(data / "updates", pools.disk, fsync=fsync)
+        spool = Spool(data / "spool", pools.disk, max_bytes=settings.spool_max_bytes, fsync=fsync)
+        for opened in (models, updates, spool):
+            await opened.open()
+        work = data / "work"
+        await asyncio.get_running_loop().run_in_executor(pools.disk, _empty, work)
+        workshop = Workshop(models, spool, pools.kernel, work, settings.max_model_bytes)
+        patience = Patience(rejoin_window_s=settings.rejoin_window_s, upload_ttl_s=settings.upload_ttl_s)
+        scheduler = Scheduler(store, workshop, updates, clock, patience)
+        yield await stack.enter_async_context(scheduler.running())
+
+
+@asynccontextmanager
+async def serving(settings: Settings, clock: Callable[[], float] = time.time) -> AsyncIterator[Server]:
+    """A server that is ready, until the block is left. Raises Owned, Unavailable (a port is taken)."""
+    with executors() as pools:
+        async with scheduling(settings, pools, clock) as scheduler:
+            limits = Limits(
+                max_model_bytes=settings.max_model_bytes,
+                uploads_at_once=settings.uploads_at_once,
+                upload_idle_timeout_s=settings.upload_idle_timeout_s,
+                store_patience_s=settings.store_patience_s,
+            )
+            downloads = Downloads(scheduler, pools.disk, kept_bytes=settings.download_cache_bytes)
+            servicer = Servicer(scheduler, Intake(scheduler), downloads, limits)
+            combiner = CombinerServer(servicer, upload_window=settings.grpc_upload_window)
+            grpc_port = await combiner.start(settings.host, settings.grpc_port)
+            try:
+                advertised = settings.advertise_host or _dialled(settings.host)
+                await scheduler.announce_combiner(advertised, grpc_port)
+                rest = create_app(
+                    scheduler,
+                    spool_folder=settings.data_dir / "work",
+                    kernel=pools.kernel,
+                    disk=pools.disk,
+                    advertise=lambda: (settings.advertise_host, grpc_port),
+                    max_model_bytes=settings.max_model_bytes,
+                )
+                async with _http(rest, settings.host, settings.api_port) as api_port:
+                    yield Server(f"http://{_dialled(settings.host)}:{api_port}", grpc_port, scheduler)
+                    scheduler.stop_serving()
+            finally:
+                scheduler.stop_serving()
+                await combiner.stop(settings.drain_timeout_s)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to us, and says when it is up."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.up.set()
+
+
+@asynccontextmanager
+async def _http(app: object, host: str, port: int) -> AsyncIterator[int]:
+    try:
+        listening = socket.create_server((host, port), backlog=2048)
+    except OSError as taken:
+        raise Unavailable(f"REST port {port} on {host} is taken: {taken.strerror or taken}") from taken
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=2,
+        server_header=False,
+    )
+    server = _Uvicorn(config)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(server.serve(sockets=[listening]), name="rest")
+        async with asyncio.timeout(30):
+            await server.up.wait()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+
+
+async def run(settings: Settings, ready: Callable[[Server], None]) -> None:
+    """Serves until SIGINT or SIGTERM; `ready` is called once."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    async with serving(settings) as server:
+        ready(server)
+        await stopped.wait()
+        logger.info("stopping")
+
+
+def _dialled(host: str) -> str:
+    """An address that reaches a server that listens there."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+
+
+def _empty(folder: Path) -> None:
+    """What a former life was writing there is of no use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()

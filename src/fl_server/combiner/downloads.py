@@ -1,0 +1,92 @@
+"""Models as the wire's messages, encoded once and handed to every Download.
+
+The newest are kept, bounded by bytes; a model above the bound is read and encoded chunk by chunk for each call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+from pathlib import Path
+
+from fl_client.wire import fl_pb2 as pb
+from fl_client.wire.chunks import CHUNK_BYTES
+from fl_server.errors import Missing
+from fl_server.scheduler.scheduler import Scheduler
+
+
+class _LoaderLeft(Exception):
+    """Whoever was reading the model was cancelled or failed: the next one reads it itself."""
+
+
+class Downloads:
+    def __init__(self, scheduler: Scheduler, disk: Executor, *, kept_bytes: int) -> None:
+        self._scheduler, self._disk, self._kept_bytes = scheduler, disk, kept_bytes
+        self._kept: OrderedDict[str, tuple[asyncio.Future[list[bytes]], int]] = OrderedDict()
+
+    async def messages(self, model_id: str) -> AsyncIterator[bytes]:
+        """Serialized ModelResponse messages, the closing one included. Raises Missing."""
+        if (messages := await self._shared(model_id)) is not None:
+            for message in messages:
+                yield message
+            return
+        path = await self._scheduler.insist(self._scheduler.models.local, model_id)
+        loop, offset = asyncio.get_running_loop(), 0
+        while chunk := await loop.run_in_executor(self._disk, _read_chunk, path, offset):
+            yield _message(model_id, chunk)
+            offset += len(chunk)
+        yield _end(model_id)
+
+    async def _shared(self, model_id: str) -> list[bytes] | None:
+        """The kept messages, read if they are not there yet; None if the model is too large to keep."""
+        while kept := self._kept.get(model_id):
+            self._kept.move_to_end(model_id)
+            try:
+                return await asyncio.shield(kept[0])
+            except _LoaderLeft:
+                continue
+        size_bytes = await self._scheduler.insist(self._scheduler.models.size_bytes, model_id)
+        if size_bytes is None:
+            raise Missing(f"no model {model_id}")
+        if size_bytes > self._kept_bytes:
+            return None
+        return await (self._shared(model_id) if model_id in self._kept else self._load(model_id, size_bytes))
+
+    async def _load(self, model_id: str, size_bytes: int) -> list[bytes]:
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[list[bytes]] = loop.create_future()
+        self._kept[model_id] = (loaded, size_bytes)
+        try:
+            path = await self._scheduler.insist(self._scheduler.models.local, model_id)
+            messages = await loop.run_in_executor(self._disk, _read_messages, path, model_id)
+        except BaseException:
+            del self._kept[model_id]
+            loaded.set_exception(_LoaderLeft())
+            loaded.exception()  # there may be nobody who waits for it
+            raise
+        loaded.set_result(messages)
+        while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > self._kept_bytes:
+            self._kept.popitem(last=False)
+        return messages
+
+
+def _read_chunk(path: Path, offset: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(CHUNK_BYTES)
+
+
+def _read_messages(path: Path, model_id: str) -> list[bytes]:
+    with path.open("rb") as file:
+        messages = [_message(model_id, chunk) for chunk in iter(lambda: file.read(CHUNK_BYTES), b"")]
+    return [*messages, _end(model_id)]
+
+
+def _message(model_id: str, chunk: bytes) -> bytes:
+    return pb.ModelResponse(data=chunk, id=model_id, status=pb.IN_PROGRESS).SerializeToString()
+
+
+def _end(model_id: str) -> bytes:
+    return pb.ModelResponse(id=model_id, status=pb.OK).SerializeToString()

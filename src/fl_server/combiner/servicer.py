@@ -1,0 +1,235 @@
+"""The client's calls: decode, submit, encode. No rule of a round lives here.
+
+On these calls an application's reason travels in the reply; only UNAVAILABLE (come again) and the two auth codes may
+leave as errors, or a FEDn client ends. A store that is away is waited for `store_patience_s`, then UNAVAILABLE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from fl_client.wire import fl_pb2 as pb
+from fl_server.combiner import convert
+from fl_server.combiner.downloads import Downloads
+from fl_server.core.model import ClientId, Task, TaskKind, Verdict
+from fl_server.errors import Missing
+from fl_server.scheduler.intake import Intake
+from fl_server.scheduler.scheduler import Scheduler
+from fl_server.scheduler.streams import Ending
+from fl_server.store import spool as spooling
+from fl_server.store.ports import Collection
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_model_bytes: int
+    uploads_at_once: int  # more wait their turn: they would only hold buffers
+    upload_idle_timeout_s: float  # an upload that sends nothing for so long is dropped
+    store_patience_s: float
+
+
+class Servicer:
+    """Methods are named as in the proto; `context` is that of the call."""
+
+    def __init__(self, scheduler: Scheduler, intake: Intake, downloads: Downloads, limits: Limits) -> None:
+        self._scheduler, self._intake, self._downloads, self._limits = scheduler, intake, downloads, limits
+        self._upload_turns = asyncio.Semaphore(limits.uploads_at_once)
+        self._ids: dict[str, ClientId] = {}  # what attached clients call themselves in metadata, if not by their id
+
+    # ---- Combiner
+
+    async def TaskStream(self, request: pb.ClientAvailableMessage, context: Context) -> None:
+        said = _metadata(context, "client")
+        client = ClientId(request.sender.client_id or said or request.sender.name)
+        if not client:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no client id: sender.client_id or metadata `client`")
+        scheduler, name = self._scheduler, request.sender.name
+        async with asyncio.timeout(self._limits.store_patience_s):
+            mailbox = await scheduler.attach(client, name or client, context.peer())
+        if said and said != client:
+            self._ids[said] = client
+        try:
+            await self._note_stream(client, name, "connecting to")
+            while assignment := await mailbox.next():
+                await context.write(convert.task_request(assignment, scheduler.clock()))
+        finally:
+            await scheduler.detach(mailbox)
+        self._ids.pop(said, None)
+        match mailbox.ending:
+            case Ending.REPLACED:
+                await context.abort(grpc.StatusCode.ABORTED, mailbox.detail)
+            case Ending.FULL:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, mailbox.detail)
+            case _:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server stops; come again")
+
+    async def SendModelUpdate(self, request: pb.ModelUpdate, context: Context) -> pb.Response:
+        meta = convert.json_object(request.meta)
+        echo = convert.echoed_config(request, meta)
+        async with asyncio.timeout(self._limits.store_patience_s):
+            client = await self._sender(context, request.sender)
+            task = await self._task(client, request, echo)
+            if task is None or task.client != client or task.kind is not TaskKind.TRAIN:
+                reply: tuple[Any, str] = (Verdict.NOT_SELECTED, "no such task was issued to this client")
+            else:
+                reply = await self._intake.receive(task, convert.announced(request, meta))
+        verdict, reason = reply
+        return convert.response(f"ModelUpdate {request.model_update_id}", client, verdict, reason)
+
+    async def SendModelValidation(self, request: pb.ModelValidation, context: Context) -> pb.Response:
+        scheduler = self._scheduler
+        async with asyncio.timeout(self._limits.store_patience_s):
+            client = await self._sender(context, request.sender)
+            task = convert.validation_task(request)
+            if request.failure:
+                metrics = None
+            else:
+                document = convert.validation_document(request, client, scheduler.clock())
+                await scheduler.journal.record(Collection.VALIDATIONS, document)
+                metrics = convert.json_object(request.data)
+            if task and task.client == client:
+                await scheduler.validated(task, metrics)
+        return convert.response("ModelValidation", client)
+
+    async def SendModelPrediction(self, request: pb.ModelPrediction, context: Context) -> pb.Response:
+        async with asyncio.timeout(self._limits.store_patience_s):
+            client = await self._sender(context, request.sender)
+            document = convert.prediction_document(request, client, self._scheduler.clock())
+            await self._scheduler.journal.record(Collection.PREDICTIONS, document)
+        return convert.response("ModelPrediction", client)
+
+    async def SendModelMetric(self, request: pb.ModelMetric, context: Context) -> pb.Response:
+        async with asyncio.timeout(self._limits.store_patience_s):
+            client = await self._sender(context, request.sender)
+            for document in convert.metric_documents(request, client, self._scheduler.clock()):
+                await self._scheduler.journal.record(Collection.METRICS, document)
+        return pb.Response()
+
+    async def SendAttributeMessage(self, request: pb.AttributeMessage, context: Context) -> pb.Response:
+        async with asyncio.timeout(self._limits.store_patience_s):
+            client = await self._sender(context, request.sender)
+            for document in convert.attribute_documents(request, client, self._scheduler.clock()):
+                await self._scheduler.journal.record(Collection.ATTRIBUTES, document)
+        return pb.Response()
+
+    async def SendTelemetryMessage(self, request: pb.TelemetryMessage, context: Context) -> pb.Response:
+        client = self._attached_sender(context, request.sender)
+        for document in convert.telemetry_documents(request, client, self._scheduler.clock()):
+            self._scheduler.journal.offer(Collection.TELEMETRY, document)
+        return pb.Response()
+
+    # ---- Connector
+
+    async def SendStatus(self, request: pb.Status, context: Context) -> pb.Response:
+        client = self._attached_sender(context, request.sender)
+        document = convert.status_document(request, client, self._scheduler.clock())
+        self._scheduler.journal.offer(Collection.STATUSES, document)
+        return pb.Response(sender=convert.COMBINER, response="Status received.")
+
+    async def SendHeartbeat(self, request: pb.Heartbeat, context: Context) -> pb.Response:
+        """A stream that is open is alive: nothing to note."""
+        sender = pb.Client(role=request.sender.role, name=request.sender.name)
+        return pb.Response(sender=sender, response="Heartbeat received")
+
+    async def ListActiveClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ClientList:
+        attached = sorted(self._scheduler.streams.attached())
+        return pb.ClientList(client=[pb.Client(role=pb.CLIENT, name=id, client_id=id) for id in attached])
+
+    async def AcceptingClients(self, request: pb.ConnectionRequest, context: Context) -> pb.ConnectionResponse:
+        ready = self._scheduler.unready() is None
+        return pb.ConnectionResponse(status=pb.ACCEPTING if ready else pb.TRY_AGAIN_LATER)
+
+    # ---- ModelService
+
+    async def Upload(self, requests: AsyncIterable[pb.ModelRequest], context: Context) -> pb.ModelResponse:
+        """Answered OK once the bytes are durable and found; each call starts a new file."""
+        limits, received_bytes = self._limits, 0
+        upload: spooling.Upload | None = None
+        client = await self._sender(context, pb.Client())
+        async with self._upload_turns:
+            try:
+                stream = aiter(requests)
+                while True:
+                    async with asyncio.timeout(limits.upload_idle_timeout_s):
+                        request = await anext(stream, None)
+                    if request is None:
+                        return _refused("", "the upload ended without its closing message (status OK)")
+                    if upload is None:
+                        upload = await self._scheduler.workshop.spool.begin(client, request.id)
+                    received_bytes += len(request.data)
+                    if received_bytes > limits.max_model_bytes:
+                        why = f"more than max_model_bytes ({limits.max_model_bytes}); the server's owner can raise it"
+                        return _refused(request.id, why)
+                    if request.data:
+                        await self._write(upload, request.data)
+                    if request.status == pb.OK:
+                        async with asyncio.timeout(limits.store_patience_s):
+                            await upload.finish()
+                        return pb.ModelResponse(id=request.id, status=pb.OK, message="Got model successfully.")
+            finally:
+                if upload:
+                    await upload.abort()
+
+    async def Download(self, request: pb.ModelRequest, context: Context) -> None:
+        """Writes serialized messages: the same bytes for everybody."""
+        try:
+            async with asyncio.timeout(self._limits.store_patience_s) as patience:
+                async for message in self._downloads.messages(request.id):
+                    patience.reschedule(None)  # from here on the client's reading is what takes time
+                    await context.write(message)
+        except Missing:
+            gone = pb.ModelResponse(id=request.id, status=pb.FAILED, message=f"no model {request.id}")
+            await context.write(gone.SerializeToString())
+
+    # ---- who and what
+
+    def _attached_sender(self, context: Context, sender: pb.Client) -> ClientId:
+        """By metadata, as FEDn's clients always have it; asks no store."""
+        said = _metadata(context, "client") or sender.client_id or sender.name
+        return self._ids.get(said, ClientId(said))
+
+    async def _sender(self, context: Context, sender: pb.Client) -> ClientId:
+        client = self._attached_sender(context, sender)
+        if client in self._scheduler.streams.attached():
+            return client
+        return await self._scheduler.client_named(client) or client
+
+    async def _task(self, client: ClientId, update: pb.ModelUpdate, echo: dict[str, Any]) -> Task | None:
+        """What the update answers: as it says, by what it echoes, or as the client's one open task of the model."""
+        if task := convert.named_task(update, echo):
+            return task
+        session_id, round_id = echo.get("session_id"), echo.get("round_id")
+        if isinstance(session_id, str) and isinstance(round_id, str):
+            return await self._scheduler.task_of_round(client, session_id, round_id)
+        return self._scheduler.open_task_of_model(client, update.model_id)
+
+    async def _write(self, upload: spooling.Upload, data: bytes) -> None:
+        async with asyncio.timeout(self._limits.store_patience_s):
+            while True:
+                try:
+                    await upload.write(data)
+                    return
+                except spooling.SpoolFull:
+                    await self._scheduler.workshop.spool.wait_for_room(len(data))
+
+    async def _note_stream(self, client: ClientId, name: str, verb: str) -> None:
+        document = convert.stream_status(client, name, verb, self._scheduler.clock())
+        self._scheduler.journal.offer(Collection.STATUSES, document)
+
+
+def _metadata(context: Context, key: str) -> str:
+    for name, value in context.invocation_metadata() or ():
+        if name == key:
+            return value if isinstance(value, str) else value.decode("utf-8", "replace")
+    return ""
+
+
+def _refused(id: str, why: str) -> pb.ModelResponse:
+    return pb.ModelResponse(id=id, status=pb.FAILED, message=why)

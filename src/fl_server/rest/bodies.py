@@ -1,0 +1,203 @@
+"""How request bodies enter: JSON of bounded size and depth, and forms whose file goes to disk as it comes.
+
+Nothing that JSON has no word for (NaN, half a surrogate) gets past this file, so that whatever is stored can be shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from fastapi import HTTPException, Request, Response
+from fastapi.routing import APIRoute
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from ..errors import Invalid
+
+MAX_JSON_BYTES = 1 << 20
+MAX_JSON_DEPTH = 64
+MAX_FORM_TEXT_BYTES = 1 << 16  # all text of a form together, its part headers included
+_WRITE_BYTES = 1 << 20
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is too large")
+    return number
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        inner = [node for node in level if isinstance(node, dict | list)]
+        level = [child for node in inner for child in (node.values() if isinstance(node, dict) else node)]
+        if not inner:
+            return False
+    return True
+
+
+def parsed_json(body: bytes) -> Any:
+    """Raises HTTPException 400: FastAPI would turn any other error into a sentence that says nothing."""
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite)
+        if b"\\u" in body:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as exc:
+        raise HTTPException(400, f"body: nested deeper than {MAX_JSON_DEPTH}") from exc
+    except UnicodeEncodeError as exc:
+        raise HTTPException(400, "body: half of a surrogate pair is no text") from exc
+    except ValueError as exc:
+        raise HTTPException(400, f"body: invalid JSON: {exc}") from exc
+    if _is_deep(value):
+        raise HTTPException(400, f"body: nested deeper than {MAX_JSON_DEPTH}")
+    return value
+
+
+class BoundedRequest(Request):
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            body = bytearray()
+            async for chunk in self.stream():
+                body += chunk
+                if len(body) > MAX_JSON_BYTES:
+                    raise HTTPException(413, f"body: more than {MAX_JSON_BYTES} bytes")
+            self._body = bytes(body)
+        return self._body
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = parsed_json(await self.body())
+        return self._json
+
+
+class BoundedRoute(APIRoute):
+    """For every router of ours."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            return await handler(BoundedRequest(request.scope, request.receive))
+
+        return bounded
+
+
+# ---- forms
+
+
+class _Parts:
+    """What the multipart parser calls; gathers a form's text, and the one file's bytes until they are taken."""
+
+    def __init__(self, file_field: str) -> None:
+        self.file_field = file_field
+        self.file_seen = False
+        self.file_bytes = bytearray()
+        self.fields: dict[str, str] = {}
+        self.complete = False
+        self._header, self._value = bytearray(), bytearray()
+        self._disposition = b""
+        self._field = ""
+        self._text = bytearray()
+        self._text_bytes = 0
+
+    def on_part_begin(self) -> None:
+        self._disposition, self._field, self._text = b"", "", bytearray()
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += self._counted(data[start:end])
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += self._counted(data[start:end])
+
+    def on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._header, self._value = bytearray(), bytearray()
+
+    def on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._field = options.get(b"name", b"").decode("utf-8", "replace")
+        if self._field == self.file_field:
+            if self.file_seen:
+                raise Invalid(f"{self.file_field}: given twice")
+            self.file_seen = True
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._field == self.file_field:
+            self.file_bytes += data[start:end]
+        else:
+            self._text += self._counted(data[start:end])
+
+    def on_part_end(self) -> None:
+        if self._field != self.file_field:
+            try:
+                self.fields[self._field] = self._text.decode()
+            except UnicodeDecodeError as exc:
+                raise Invalid(f"{self._field}: text in UTF-8 needed") from exc
+
+    def on_end(self) -> None:
+        self.complete = True
+
+    def _counted(self, text: bytes) -> bytes:
+        self._text_bytes += len(text)
+        if self._text_bytes > MAX_FORM_TEXT_BYTES:
+            raise Invalid(f"form: more than {MAX_FORM_TEXT_BYTES} bytes of text")
+        return text
+
+
+async def receive_form(
+    request: Request, *, file_field: str, target: Path, disk: Executor, max_file_bytes: int
+) -> dict[str, str]:
+    """The form's text fields, once its file is in `target` (not synced). The caller removes it when this raises.
+
+    Raises Invalid if the form is broken, has no such file, or a larger one.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise Invalid(f"{file_field}: send it as multipart/form-data")
+    parts = _Parts(file_field)
+    parser = MultipartParser(
+        options[b"boundary"],
+        {
+            "on_part_begin": parts.on_part_begin,
+            "on_part_data": parts.on_part_data,
+            "on_part_end": parts.on_part_end,
+            "on_header_field": parts.on_header_field,
+            "on_header_value": parts.on_header_value,
+            "on_header_end": parts.on_header_end,
+            "on_headers_finished": parts.on_headers_finished,
+            "on_end": parts.on_end,
+        },
+    )
+    loop = asyncio.get_running_loop()
+    file: BinaryIO = await loop.run_in_executor(disk, target.open, "xb")
+    written = 0
+    try:
+        async for chunk in request.stream():
+            try:
+                parser.write(chunk)
+            except FormParserError as exc:
+                raise Invalid(f"form: {exc}") from exc
+            if written + len(parts.file_bytes) > max_file_bytes:
+                raise Invalid(f"{file_field}: more than {max_file_bytes} bytes")
+            if len(parts.file_bytes) >= _WRITE_BYTES:
+                written += await loop.run_in_executor(disk, file.write, parts.file_bytes)
+                parts.file_bytes = bytearray()
+        await loop.run_in_executor(disk, file.write, parts.file_bytes)
+    finally:
+        await loop.run_in_executor(disk, file.close)
+    if not parts.complete:
+        raise Invalid("form: it ends too early")
+    if not parts.file_seen:
+        raise Invalid(f"{file_field}: missing")
+    return parts.fields

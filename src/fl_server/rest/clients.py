@@ -1,0 +1,92 @@
+"""Joining, and what else concerns clients. POST clients/add never answers 5xx: any such code ends a FEDn client."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from ..core.model import ClientId
+from ..errors import Invalid, NotFound, Unavailable
+from ..scheduler.scheduler import Scheduler
+from ..store.ports import Collection, Condition, Document, Query
+from .bodies import BoundedRoute
+from .records import answered
+from .schemas import AddClient, Assignment, ClientConfig, Failure, Message
+
+NETWORK_ID = "flserve"
+ADD_S = 5.0  # a FEDn client gives up after 10
+RETRY_STATUS = 203  # FEDn's clients come again 3 s after it
+
+
+def routes(scheduler: Scheduler, advertise: Callable[[], tuple[str, int]]) -> APIRouter:
+    """advertise: host and port at which clients reach the combiner."""
+    router = APIRouter(prefix="/api/v1/clients", tags=["clients"], route_class=BoundedRoute)
+
+    @router.post(
+        "/add",
+        response_model=Assignment,
+        operation_id="add_client",
+        responses={RETRY_STATUS: {"model": Failure, "description": "not now: ask again in a few seconds"}},
+    )
+    async def add(body: AddClient, request: Request) -> Response:
+        try:
+            if reason := scheduler.unready():
+                return _retry(reason)
+            package = await _active_package(scheduler)
+            if body.package == "remote" and package is None:
+                return _retry("No compute package found. Set package in controller.")
+            preferred = body.combiner_preferred or body.preferred_combiner or None
+            if preferred and not await scheduler.store.count(
+                Collection.COMBINERS, (Condition("name", "eq", preferred),)
+            ):
+                raise Invalid(f"combiner_preferred: Combiner {preferred} not found or unavailable.")
+            client_id = body.client_id or str(uuid.uuid4())
+            ip = request.client.host if request.client else ""
+            added = scheduler.add_client(
+                ClientId(client_id), name=body.name, ip=ip, package=body.package, preferred=preferred
+            )
+            await answered(added, ADD_S)
+        except Unavailable as exc:
+            return _retry(str(exc))
+        host, port = advertise()
+        return JSONResponse(
+            {
+                "status": "assigned",
+                "host": host,
+                "fqdn": None,  # a client dials fqdn:443 over TLS if there is one
+                "package": body.package,
+                "ip": ip,
+                "port": port,
+                "helper_type": package["helper"] if package and body.package == "remote" else "",
+                "client_id": client_id,
+            }
+        )
+
+    @router.get("/config", response_model=ClientConfig, operation_id="get_client_config")
+    async def config(request: Request) -> Response:
+        """How a client finds this server: the address by which the caller did."""
+        url = request.url
+        port = url.port or (443 if url.scheme == "https" else 80)
+        return JSONResponse({"network_id": NETWORK_ID, "discover_host": url.hostname, "discover_port": port})
+
+    @router.delete("/{id}", response_model=Message, operation_id="delete_client")
+    async def delete(id: str) -> Response:
+        if not await answered(scheduler.insist(lambda: scheduler.store.delete(Collection.CLIENTS, id))):
+            raise NotFound(f"Entity with id: {id} not found")
+        return JSONResponse({"message": "Client deleted"})
+
+    return router
+
+
+def _retry(reason: str) -> Response:
+    return JSONResponse({"success": False, "status": "retry", "message": reason}, RETRY_STATUS)
+
+
+async def _active_package(scheduler: Scheduler) -> Document | None:
+    # a helper alone, set through helpers/active, is no package: there is nothing to download
+    where = (Condition("active", "eq", True), Condition("storage_file_name", "ne", None))
+    packages = await scheduler.store.find(Collection.PACKAGES, Query(where, limit=1))
+    return packages[0] if packages else None

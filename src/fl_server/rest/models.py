@@ -1,0 +1,276 @@
+"""Models: a seed comes in, checked before it is stored; models go out; the trail from one to the next. And the helper,
+FEDn's name for the format of models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from fl_client.wire import codec
+
+from ..errors import Invalid, RequestError, Unavailable
+from ..scheduler.scheduler import Scheduler
+from ..store import ports
+from ..store.ports import Collection, Condition, Document
+from .bodies import BoundedRoute, receive_form
+from .queries import MAX_PAGE
+from .records import answered, changes, found
+from .schemas import (
+    MODELS,
+    ActiveHelper,
+    ChangeModel,
+    Failure,
+    Message,
+    ModelAdded,
+    ModelForm,
+    ModelObject,
+    Parameters,
+    checked,
+)
+
+TRAIL_LENGTH = 10  # FEDn's, when no X-Limit is sent
+MAX_PARAMETERS_BYTES = 64 << 20  # as numbers in JSON a model is about five times larger; above: download it
+ZIP_BYTES = 1 << 20  # what an npz of the largest model may need besides its arrays
+_READ_BYTES = 1 << 20
+
+TrailLimit = Annotated[int | None, Header(alias="X-Limit", description=f"models at most; {TRAIL_LENGTH} if absent")]
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": "an npz of real, finite arrays"},
+                        "name": {"type": "string"},
+                        "helper": {"type": "string", "description": "ignored: the file says what it is"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+def routes(
+    scheduler: Scheduler, *, spool_folder: Path, kernel: Executor, disk: Executor, max_model_bytes: int
+) -> APIRouter:
+    """max_model_bytes: of a model's arrays, inflated."""
+    router = APIRouter(prefix="/api/v1/models", tags=["models"], route_class=BoundedRoute)
+    loop = asyncio.get_running_loop
+
+    @router.post(
+        "/",
+        response_model=ModelAdded,
+        operation_id="add_model",
+        openapi_extra=_FORM,
+        responses={400: {"model": Failure}},
+    )
+    async def add(request: Request) -> Response:
+        """A model to start sessions from. Its arrays keep their order; arr_0, arr_1, … become 0, 1, …"""
+        stem = uuid.uuid4().hex
+        upload, seed = spool_folder / f"{stem}.seed.part", spool_folder / f"{stem}.seed"
+        try:
+            fields = await receive_form(
+                request, file_field="file", target=upload, disk=disk, max_file_bytes=max_model_bytes + ZIP_BYTES
+            )
+            form = checked(ModelForm, fields)
+            sha256 = await loop().run_in_executor(kernel, _store_checked, upload, seed, max_model_bytes)
+            document = await answered(scheduler.add_model(seed, name=form.name or None, sha256=sha256))
+        except Invalid as wrong:
+            return JSONResponse({"success": False, "message": str(wrong)}, 400)
+        except OSError as exc:
+            raise Unavailable(f"the upload could not be written: {exc}") from exc
+        finally:
+            await loop().run_in_executor(disk, _remove, upload, seed)
+        answer = {"success": True, "message": "Model added successfully", "model_id": document["model"]}
+        return JSONResponse(answer)
+
+    @router.api_route("/active", methods=["GET"], status_code=410, operation_id="get_active_model", deprecated=True)
+    @router.api_route("/active", methods=["PUT"], status_code=410, operation_id="set_active_model", deprecated=True)
+    async def active() -> Response:
+        return JSONResponse({"error": "deprecated: a session names the model that it starts from"}, 410)
+
+    @router.get("/leaf-nodes", response_model=list[ModelObject], operation_id="list_leaf_models")
+    async def leaf_nodes() -> Response:
+        """Models that are nobody's parent, the newest first."""
+        newest_first = ports.Query(sort=(("committed_at", True),))
+        documents = await scheduler.store.find(Collection.MODELS, newest_first)
+        parents = {document["parent_model"] for document in documents}
+        leaves = [MODELS.answer(document) for document in documents if document["model"] not in parents]
+        return JSONResponse(leaves[:MAX_PAGE])
+
+    @router.get(
+        "/{id}/download",
+        operation_id="download_model",
+        response_class=Response,
+        responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
+    )
+    async def download(id: str) -> Response:
+        document = await found(scheduler, MODELS, id)
+        path = await scheduler.models.local(document["model"])
+        return FileBytes(path, document["model"], disk)
+
+    @router.get("/{id}/parameters", response_model=Parameters, operation_id="get_model_parameters")
+    async def parameters(id: str) -> Response:
+        document = await found(scheduler, MODELS, id)
+        path = await scheduler.models.local(document["model"])
+        text = await loop().run_in_executor(kernel, _parameters_json, path)
+        return Response(text, media_type="application/json")
+
+    @router.get("/{id}/ancestors", response_model=list[ModelObject], operation_id="list_model_ancestors")
+    async def ancestors(
+        id: str,
+        include_self: Annotated[bool, Query()] = False,
+        x_limit: TrailLimit = None,
+        x_reverse: Annotated[str | None, Header(description="true: the oldest first")] = None,
+    ) -> Response:
+        """The newest first; the model itself does not count towards the limit."""
+
+        async def parent(document: Document) -> Document | None:
+            parent_id = document["parent_model"]
+            return await scheduler.store.get(Collection.MODELS, parent_id) if parent_id else None
+
+        document = await found(scheduler, MODELS, id)
+        trail = await _trail(document, parent, x_limit)
+        if include_self:
+            trail.insert(0, document)
+        if (x_reverse or "").lower() == "true":
+            trail.reverse()
+        return JSONResponse([MODELS.answer(model) for model in trail])
+
+    @router.get("/{id}/descendants", response_model=list[ModelObject], operation_id="list_model_descendants")
+    async def descendants(id: str, x_limit: TrailLimit = None) -> Response:
+        """The newest first. Where several models came from one, the newest of them is followed."""
+
+        async def child(document: Document) -> Document | None:
+            where = (Condition("parent_model", "eq", document["model"]),)
+            newest = ports.Query(where, sort=(("committed_at", True),), limit=1)
+            children = await scheduler.store.find(Collection.MODELS, newest)
+            return children[0] if children else None
+
+        trail = await _trail(await found(scheduler, MODELS, id), child, x_limit)
+        return JSONResponse([MODELS.answer(model) for model in reversed(trail)])
+
+    async def rename(id: str, body: ChangeModel, *, lenient: bool) -> Response:
+        document = await found(scheduler, MODELS, id)
+        sent = body.model_dump(exclude_unset=True)
+        wanted = changes(MODELS, document, sent, allowed={"name"}, lenient=lenient)
+        if wanted:
+            await answered(scheduler.patch(Collection.MODELS, id, wanted))
+        return JSONResponse(MODELS.answer(await found(scheduler, MODELS, id)))
+
+    @router.patch("/{id}", response_model=ModelObject, operation_id="patch_model")
+    async def patch(id: str, body: ChangeModel) -> Response:
+        """Renames it. Unknown keys are passed over."""
+        return await rename(id, body, lenient=True)
+
+    @router.put("/{id}", response_model=ModelObject, operation_id="put_model")
+    async def put(id: str, body: ChangeModel) -> Response:
+        """Renames it; an unknown key is refused."""
+        return await rename(id, body, lenient=False)
+
+    return router
+
+
+def helper_routes(scheduler: Scheduler) -> APIRouter:
+    router = APIRouter(prefix="/api/v1/helpers", tags=["helpers"], route_class=BoundedRoute)
+
+    @router.get("/active", response_model=str, operation_id="get_active_helper")
+    async def get() -> Response:
+        helper = await answered(scheduler.active_helper())
+        if helper is None:
+            raise RequestError("No active helper")  # 400, where FEDn's 404 makes its own start_session give up
+        return JSONResponse(helper)
+
+    @router.put("/active", response_model=Message, operation_id="set_active_helper")
+    async def put(body: ActiveHelper) -> Response:
+        if body.helper not in codec.HELPERS:
+            known = ", ".join(sorted(codec.HELPERS))
+            raise Invalid(f"helper: {body.helper!r} is unknown; known: {known}")
+        await answered(scheduler.set_active_helper(body.helper))
+        return JSONResponse({"message": "Active helper set"})
+
+    return router
+
+
+async def _trail(
+    document: Document, following: Callable[[Document], Awaitable[Document | None]], limit: int | None
+) -> list[Document]:
+    most = min(limit, MAX_PAGE) if limit and limit > 0 else TRAIL_LENGTH
+    trail: list[Document] = []
+    seen = {document["model"]}
+    step = await following(document)
+    while step is not None and len(trail) < most and step["model"] not in seen:
+        trail.append(step)
+        seen.add(step["model"])
+        step = await following(step)
+    return trail
+
+
+# ---- in an executor
+
+
+def _store_checked(upload: Path, seed: Path, max_bytes: int) -> str:
+    """Writes the stored form that all of a session's models have; its sha256. Raises Invalid."""
+    if (fault := codec.check_update(upload, None, max_bytes=max_bytes)) is not None:
+        raise Invalid(f"file: {fault}")
+    with codec.open_npz(upload, max_bytes=max_bytes) as npz, codec.NpzWriter(seed) as out:
+        # FEDn's helper reads "0", "1", …; numpy.savez writes arr_0, arr_1, …
+        numbered = all(re.fullmatch(r"(arr_)?[0-9]+", spec.name) for spec in npz.layout)
+        for index, spec in enumerate(npz.layout):
+            name = str(index) if numbered else spec.name
+            order = npz.fortran_order(index)
+            out.add(name, spec.dtype, spec.shape, npz.blocks(index), fortran_order=order)
+    return out.sha256
+
+
+def _parameters_json(path: Path) -> bytes:
+    if path.stat().st_size > MAX_PARAMETERS_BYTES:
+        raise RequestError(f"the model is larger than {MAX_PARAMETERS_BYTES} bytes: download it")
+    with codec.open_npz(path, max_bytes=MAX_PARAMETERS_BYTES) as npz:
+        return json.dumps({"array": [array.tolist() for array in npz.arrays()]}).encode()
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _open(path: Path) -> tuple[BinaryIO, int]:
+    file = path.open("rb")
+    return file, path.stat().st_size
+
+
+class FileBytes(Response):
+    """A local file as an attachment, read in the disk executor (Starlette's own uses the default pool)."""
+
+    def __init__(self, path: Path, name: str, disk: Executor) -> None:
+        super().__init__(media_type="application/octet-stream")
+        self._path, self._name, self._disk = path, name, disk
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        file, size_bytes = await loop.run_in_executor(self._disk, _open, self._path)
+        try:
+            self.headers["content-length"] = str(size_bytes)
+            self.headers["content-disposition"] = f"attachment; filename={self._name}"
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            while block := await loop.run_in_executor(self._disk, file.read, _READ_BYTES):
+                await send({"type": "http.response.body", "body": block, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            file.close()

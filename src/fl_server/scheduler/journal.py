@@ -1,0 +1,102 @@
+"""Group commit of what clients tell besides updates: many records, one write.
+
+record() returns once its document is durable; note() returns when it is queued, and a kill may lose up to 0.2 s of
+it. The order within a collection is the order of the calls. A document's id is made from its sender and its bytes, so
+that a message sent twice by a retry is stored once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from dataclasses import dataclass, field
+
+from fl_server.scheduler.aggregation import Insist
+from fl_server.store.ports import Collection, Document, Patch, StateStore
+
+QUEUE_SIZE = 4096  # full: record() and note() wait, and so does the client
+GROUP_SIZE = 1024
+NOTE_DELAY_S = 0.2
+_NAMESPACE = uuid.UUID("6a1f4a0e-6f0b-5e0c-9a55-0f1d3a6c7b21")
+
+
+def record_id(client: str, message: bytes) -> str:
+    return str(uuid.uuid5(_NAMESPACE, f"{client}\0{message.hex()}"))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    collection: Collection
+    document: Document
+    patch: Patch | None = None  # after the document, if that was there already
+    durable: asyncio.Future[None] | None = field(default=None, compare=False)
+
+
+class Journal:
+    def __init__(self, store: StateStore, insist: Insist) -> None:
+        """insist: runs a write again for as long as its store is away."""
+        self._store, self._insist = store, insist
+        self._queue: asyncio.Queue[Entry | None] = asyncio.Queue(QUEUE_SIZE)
+        self.dropped = 0  # statuses and telemetry that found the queue full
+
+    async def record(self, collection: Collection, document: Document, patch: Patch | None = None) -> None:
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await self._queue.put(Entry(collection, document, patch, durable))
+        await durable
+
+    async def note(self, collection: Collection, document: Document, patch: Patch | None = None) -> None:
+        await self._queue.put(Entry(collection, document, patch))
+
+    def offer(self, collection: Collection, document: Document) -> None:
+        """As note(), for what may be lost: when the queue is full (the store has been away for long) it is dropped."""
+        if self._queue.full():
+            self.dropped += 1
+        else:
+            self._queue.put_nowait(Entry(collection, document))
+
+    async def finish(self) -> None:
+        """Lets run() end when all that was queued before is written."""
+        await self._queue.put(None)
+
+    async def run(self) -> None:
+        ended = False
+        while not ended:
+            group, ended = await self._next_group()
+            if group:
+                await self._insist(self._write, group)
+            for entry in group:
+                if entry.durable and not entry.durable.done():  # a caller that left is not waited for
+                    entry.durable.set_result(None)
+
+    async def _next_group(self) -> tuple[list[Entry], bool]:
+        """At least one; those that nobody waits for give others 0.2 s to come with them."""
+        entry = await self._queue.get()
+        if entry is None:
+            return [], True
+        group = [entry]
+        try:
+            async with asyncio.timeout(0 if entry.durable else NOTE_DELAY_S):
+                while len(group) < GROUP_SIZE:
+                    while not self._queue.empty() and len(group) < GROUP_SIZE:
+                        entry = self._queue.get_nowait()
+                        if entry is None:
+                            return group, True
+                        group.append(entry)
+                    if any(entry.durable for entry in group):
+                        break
+                    entry = await self._queue.get()
+                    if entry is None:
+                        return group, True
+                    group.append(entry)
+        except TimeoutError:
+            pass
+        return group, False
+
+    async def _write(self, group: list[Entry]) -> None:
+        by_collection: dict[Collection, list[Document]] = {}
+        for entry in group:
+            by_collection.setdefault(entry.collection, []).append(entry.document)
+        for collection, documents in by_collection.items():
+            await self._store.append(collection, documents)
+        if patches := [entry.patch for entry in group if entry.patch]:
+            await self._store.save(patches)

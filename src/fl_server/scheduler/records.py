@@ -1,0 +1,220 @@
+"""The core's records as documents of the store, and back.
+
+The outer fields are FEDn's, derived, for those who read; `fl.record` is what we decide from, exactly as the core holds
+it. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fl_server.core.model import (
+    ClientId,
+    GlobalModel,
+    ModelId,
+    ModelUpdate,
+    Phase,
+    Report,
+    RoundRecord,
+    SessionConfig,
+    SessionId,
+    SessionRecord,
+    Status,
+    Task,
+    TaskKind,
+    UpdateId,
+    Verdict,
+)
+from fl_server.store.ports import Collection, Document, Patch, Put, PutReport
+
+WIRE_STATUS = {
+    Status.CREATED: "Created",
+    Status.RUNNING: "Started",
+    Status.FINISHED: "Finished",
+    Status.FAILED: "Failed",  # ours: FEDn calls a session Finished when all its rounds failed
+    Status.TERMINATED: "Terminated",
+}
+WIRE_PHASE = {
+    Phase.SELECTING: "Pending",
+    Phase.TRAINING: "Pending",
+    Phase.AGGREGATING: "Pending",
+    Phase.COMPLETED: "Finished",
+    Phase.FAILED: "Failed",
+}
+COMBINER_NAME = "combiner"
+
+
+@dataclass(slots=True)
+class SessionFacts:
+    """What a session's document holds and the core does not need."""
+
+    name: str | None
+    seed_model_id: str
+    committed_at: float  # seconds since the epoch, as every time in a document
+
+
+# ---- core to documents
+
+
+def session_put(record: SessionRecord, facts: SessionFacts, at: float) -> Put:
+    config = record.config
+    document: Document = {
+        "session_id": record.id,
+        "name": facts.name,
+        "status": WIRE_STATUS[record.status],
+        "status_reason": record.reason,
+        "session_config": {**fedn_config(config), "model_id": record.model.id},
+        "seed_model_id": facts.seed_model_id,
+        "committed_at": facts.committed_at,
+        "updated_at": at,
+        "fl": {"version": record.version, "record": _session_dict(record)},
+    }
+    return Put(Collection.SESSIONS, document)
+
+
+def round_put(
+    record: RoundRecord, round_id: str, config: SessionConfig, base: ModelId, began_at: float, at: float
+) -> Put:
+    document: Document = {
+        "round_id": round_id,
+        "status": WIRE_PHASE[record.phase],
+        "status_reason": record.reason,
+        "round_config": {
+            **fedn_config(config),
+            "rounds": 1,
+            "round_id": round_id,
+            "task": "training",
+            "session_id": record.session,
+            "model_id": base,
+            "selected_clients": None if config.client_ids is None else sorted(config.client_ids),
+            "is_sl_inference": False,
+        },
+        "round_data": None,
+        "combiners": [],
+        "committed_at": began_at,
+        "updated_at": at,
+        "fl": {
+            "version": record.version,
+            "session": record.session,
+            "number": record.number,
+            "attempt": record.attempt,
+            "ordinal": int(round_id),
+            "record": asdict(record),
+        },
+    }
+    return Put(Collection.ROUNDS, document)
+
+
+def model_writes(record: SessionRecord, round_id: str, at: float) -> list[Put | Patch]:
+    """The current model's own document and its round's end, made from the session's record alone."""
+    model, config = record.model, record.config
+    name = f"{config.model_name_prefix}_{model.round}" if config.model_name_prefix else None
+    document = model_document(model, name=name, session_id=record.id, at=at)
+    combiner = {
+        "name": COMBINER_NAME,
+        "status": "Success",
+        "round_id": round_id,
+        "model_id": model.id,
+        "data": {
+            "nr_expected_updates": None,
+            "nr_required_updates": config.min_updates,
+            "timeout": config.round_timeout_s,
+            "aggregation_time": {"nr_aggregated_models": model.num_updates},
+        },
+    }
+    ended = {
+        "status": WIRE_PHASE[Phase.COMPLETED],
+        "fl.record.phase": Phase.COMPLETED,
+        "combiners": [combiner],
+        "round_data": {"reduce": {}},
+        "updated_at": at,
+    }
+    return [Put(Collection.MODELS, document), Patch(Collection.ROUNDS, round_id, ended)]
+
+
+def model_document(model: GlobalModel, *, name: str | None, session_id: str | None, at: float) -> Document:
+    return {
+        "model": model.id,
+        "key": "models",
+        "name": name,
+        "parent_model": model.parent,
+        "session_id": session_id,
+        "committed_at": at,
+        "updated_at": at,
+        "fl": {"version": 1, "round": model.round, "attempt": model.attempt, "sha256": model.sha256},
+    }
+
+
+def report_put(report: Report, round_id: str) -> PutReport:
+    task, update = report.task, report.update
+    return PutReport(round_id, task.client, update.update_id, report.seq, {**asdict(report), "task": list(task)})
+
+
+def fedn_config(config: SessionConfig) -> dict[str, Any]:
+    """A session's configuration in FEDn's names; what FEDn has no name for keeps ours, in seconds."""
+    return {
+        "aggregator": config.aggregator,
+        "aggregator_kwargs": dict(config.aggregator_kwargs) or None,
+        "round_timeout": config.round_timeout_s,
+        "buffer_size": config.buffer_size,
+        "rounds": config.rounds,
+        "delete_models_storage": config.delete_models_storage,
+        "clients_required": config.min_clients,
+        "requested_clients": config.requested_clients,
+        "validate": config.validate,
+        "helper_type": config.helper,
+        "server_functions": None,
+        "client_settings": dict(config.client_settings),
+        "validation_timeout": config.validation_timeout_s,
+        "selection_timeout": config.selection_timeout_s,
+        "rejoin_window": config.rejoin_window_s,
+        "round_retries": config.round_retries,
+        "retry_wait": config.retry_wait_s,
+    }
+
+
+def _session_dict(record: SessionRecord) -> dict[str, Any]:
+    document = asdict(record)
+    admitted = record.config.client_ids
+    document["config"]["client_ids"] = None if admitted is None else sorted(admitted)
+    return document
+
+
+# ---- documents to core
+
+
+def session_record(document: Document) -> SessionRecord:
+    fields = dict(document["fl"]["record"])
+    config = dict(fields["config"])
+    if config["client_ids"] is not None:
+        config["client_ids"] = frozenset(ClientId(client) for client in config["client_ids"])
+    fields["config"] = SessionConfig(**config)
+    fields["model"] = GlobalModel(**fields["model"])
+    fields["status"] = Status(fields["status"])
+    return SessionRecord(**fields)
+
+
+def session_facts(document: Document) -> SessionFacts:
+    return SessionFacts(document["name"], document["seed_model_id"], document["committed_at"])
+
+
+def round_record(document: Document) -> RoundRecord:
+    fields = dict(document["fl"]["record"])
+    fields["phase"] = Phase(fields["phase"])
+    fields["cohort"] = tuple(ClientId(client) for client in fields["cohort"])
+    return RoundRecord(**fields)
+
+
+def report_of(document: Document) -> Report:
+    session, number, attempt, kind, client = document["task"]
+    task = Task(SessionId(session), number, attempt, TaskKind(kind), ClientId(client))
+    update = document["update"]
+    return Report(
+        task,
+        ModelUpdate(UpdateId(update["update_id"]), update["blob"], update["num_examples"]),
+        Verdict(document["verdict"]),
+        document["reason"],
+        document["seq"],
+        document["lost"],
+    )

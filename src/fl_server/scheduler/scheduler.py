@@ -1,0 +1,475 @@
+"""Routes what happens to the session that it concerns, and holds what all sessions share.
+
+A session's state is its own task's; a store that is away is waited for here, in one place; nobody else writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from fl_server.core.events import (
+    Broken,
+    ClientAttached,
+    ClientDetached,
+    Recovered,
+    StartRequested,
+    StopRequested,
+    UpdateReceived,
+    ValidationReported,
+)
+from fl_server.core.explain import explain
+from fl_server.core.model import (
+    ClientId,
+    GlobalModel,
+    ModelId,
+    ModelUpdate,
+    SessionConfig,
+    SessionId,
+    SessionRecord,
+    Status,
+    Task,
+    TaskKind,
+    UpdateId,
+    Verdict,
+    verdict_of,
+)
+from fl_server.core.session import Session
+from fl_server.errors import Invalid, NotFound, Unavailable
+from fl_server.scheduler import records
+from fl_server.scheduler.aggregation import Workshop
+from fl_server.scheduler.calls import Calls, Reply
+from fl_server.scheduler.feed import Feed
+from fl_server.scheduler.journal import Journal
+from fl_server.scheduler.session_task import RoundIds, SessionTask
+from fl_server.scheduler.streams import ClientStreams, Mailbox
+from fl_server.store.ports import BlobStore, Collection, Condition, Document, Patch, Put, Query, StateStore, Write
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long things are waited for, in seconds."""
+
+    store_retry_s: float = 1.0
+    rejoin_window_s: float = 60.0  # a client that was here before a restart is called online until then
+    upload_ttl_s: float = 3600.0  # an upload that no report names is litter after that
+    litter_ttl_s: float = 3600.0  # so is a model's blob that no record names
+    sweep_every_s: float = 600.0
+
+
+class Scheduler:
+    def __init__(
+        self,
+        store: StateStore,
+        workshop: Workshop,
+        updates: BlobStore,
+        clock: Callable[[], float],
+        patience: Patience | None = None,
+    ) -> None:
+        """updates: keeps clients' updates of sessions that do not want them deleted."""
+        self.store, self.workshop, self.updates, self.clock = store, workshop, updates, clock
+        self.models = workshop.models
+        self.streams, self.calls, self.feed = ClientStreams(), Calls(), Feed(clock)
+        self.journal = Journal(store, self.insist)
+        self._patience = patience or Patience()
+        self._sessions: dict[SessionId, SessionTask] = {}
+        self._tasks: asyncio.TaskGroup
+        self._round_ids = itertools.count(1)
+        self._away: tuple[float, str] | None = None  # since when the store is away, and what it said
+        self._not_running: str | None = "starting"
+
+    # ---- life
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Scheduler]:
+        """Recovered when it enters. When it leaves its sessions are abandoned: recovery redoes what they did."""
+        async with asyncio.TaskGroup() as self._tasks:
+            journal = self._tasks.create_task(self.journal.run(), name="journal")
+            background = [self._tasks.create_task(work, name=name) for name, work in await self._recover()]
+            self._not_running = None
+            try:
+                yield self
+            finally:
+                self.stop_serving()
+                for task in background:
+                    task.cancel()
+                for session in self._sessions.values():
+                    session.main.cancel()
+                self.calls.refuse_all(Unavailable("the server stops"))
+                await self.journal.finish()
+                if self._away:
+                    journal.cancel()
+
+    def stop_serving(self) -> None:
+        """Ends the streams; who is online stays recorded, so that the next life knows whom to expect."""
+        self._not_running = "stopping"
+        self.streams.stop()
+        self.feed.close()
+
+    async def _recover(self) -> list[tuple[str, Any]]:
+        newest = await self._find(Collection.ROUNDS, sort=(("fl.ordinal", True),), limit=1)
+        self._round_ids = itertools.count(newest[0]["fl"]["ordinal"] + 1 if newest else 1)
+        online = await self._find(Collection.CLIENTS, Condition("status", "eq", "online"))
+        expected = tuple(ClientId(client["client_id"]) for client in online)
+        started = records.WIRE_STATUS[Status.RUNNING]
+        for document in await self._find(Collection.SESSIONS, Condition("status", "eq", started)):
+            session_id = SessionId(document["session_id"])
+            task = await self._load(session_id)
+            model = records.session_record(document).model
+            if await self.insist(self.models.size_bytes, model.id) is None:
+                await task.inbox.put(
+                    Broken(f"the global model {model.id} of round {model.round} is gone from the store")
+                )
+            else:
+                await task.inbox.put(Recovered(expected, await task.lost()))
+            logger.info("session recovered", extra={"session": session_id, "expected": len(expected)})
+        return [("forget absent", self._forget_absent(expected)), ("sweep", self._sweep())]
+
+    def unready(self) -> str | None:
+        """Why not to send work here now; None when ready."""
+        if self._away:
+            since, why = self._away
+            return f"the store has been away for {self.clock() - since:.0f} s: {why}"
+        return self._not_running
+
+    # ---- sessions
+
+    async def create(
+        self, config: SessionConfig, *, name: str | None, model_id: str, session_id: str | None = None
+    ) -> Document:
+        """The document of a new session that starts from this model. Raises Invalid, naming the field."""
+        model = await self.insist(self.store.get, Collection.MODELS, model_id)
+        if model is None:
+            raise Invalid(f"model_id: no model {model_id}")
+        seed = GlobalModel(ModelId(model_id), sha256=model["fl"]["sha256"])
+        record = SessionRecord(
+            SessionId(session_id or str(uuid.uuid4())), config, random.SystemRandom().getrandbits(32), seed
+        )
+        facts = records.SessionFacts(name, model_id, self.clock())
+        put = records.session_put(record, facts, self.clock())
+        if not await self.insist(self.store.insert, Collection.SESSIONS, put.document):
+            raise Invalid(f"session_id: {record.id} exists")
+        return put.document
+
+    async def start(
+        self,
+        session_id: str,
+        *,
+        rounds: int | None = None,
+        round_timeout_s: float | None = None,
+        wait_for_clients_s: float = 0.0,
+        client_ids: frozenset[ClientId] | None = None,
+        model_name_prefix: str = "",
+    ) -> Reply:
+        """Starts it, or continues one that has ended. Raises NotFound."""
+        task = self._sessions.get(SessionId(session_id)) or await self._load(SessionId(session_id))
+        # no await between reading who is attached and putting it in the inbox: later attaches come after it
+        return await self.calls.wait(
+            lambda call: task.inbox.put(
+                StartRequested(
+                    call,
+                    tuple(self.streams.attached()),
+                    rounds,
+                    round_timeout_s,
+                    wait_for_clients_s,
+                    client_ids,
+                    model_name_prefix,
+                )
+            )
+        )
+
+    async def stop(self, session_id: str) -> Reply:
+        """Raises NotFound."""
+        task = self._sessions.get(SessionId(session_id)) or await self._load(SessionId(session_id))
+        return await self.calls.wait(lambda call: task.inbox.put(StopRequested(call)))
+
+    async def rename(self, session_id: str, name: str | None) -> None:
+        if task := self._sessions.get(SessionId(session_id)):
+            task.facts.name = name
+        await self.patch(Collection.SESSIONS, session_id, {"name": name})
+
+    async def explain(self, session_id: str) -> list[str]:
+        """Raises NotFound."""
+        if task := self._sessions.get(SessionId(session_id)):
+            said = task.explain()
+        else:
+            document = await self.store.get(Collection.SESSIONS, session_id)
+            if document is None:
+                raise NotFound(f"Entity with id: {session_id} not found")
+            said = explain(Session(records.session_record(document)), self.clock())
+        return [*said, *([self.unready() or ""] if self.unready() else [])]
+
+    def any_running(self) -> bool:
+        return any(task.running for task in self._sessions.values())
+
+    # ---- updates and validations
+
+    def wants(self, task: Task) -> GlobalModel | None:
+        owner = self._sessions.get(task.session)
+        return owner.wants(task) if owner else None
+
+    async def update(self, task: Task, update: ModelUpdate, fault: str | None) -> Reply:
+        owner = self._sessions.get(task.session)
+        if owner is None:  # its session ended before this process began
+            return await self.verdict(task, update.update_id)
+        return await self.calls.wait(lambda call: owner.inbox.put(UpdateReceived(call, task, update, fault)))
+
+    async def validated(self, task: Task, metrics: Mapping[str, Any] | None) -> None:
+        """A validation of this task is durable, or (None) its client could not do it."""
+        if owner := self._sessions.get(task.session):
+            await owner.inbox.put(ValidationReported(task))
+        if metrics is not None:
+            self.feed.tell(
+                "validation", session_id=task.session, round=task.round, client_id=task.client, metrics=metrics
+            )
+
+    async def verdict(self, task: Task, update_id: UpdateId) -> Reply:
+        """What an update of a round that is over was told, or would have been."""
+        round_id = await self._round_id_of(task)
+        if round_id is None:
+            return Verdict.NOT_SELECTED, "no such task was issued"
+        found = await self.insist(self.store.reports, round_id, task.client)
+        reports = [records.report_of(report) for report in found]
+        return verdict_of(reports, update_id) or (Verdict.LATE, f"round {task.round} is over")
+
+    async def task_of_round(self, client: ClientId, session_id: str, round_id: str) -> Task | None:
+        """The training task of a client in the round with this wire id."""
+        if owner := self._sessions.get(SessionId(session_id)):
+            known = owner.task_of_round(client, round_id)
+            if known:
+                return known
+        document = await self.insist(self.store.get, Collection.ROUNDS, round_id)
+        if document is None or document["fl"]["session"] != session_id:
+            return None
+        fl = document["fl"]
+        return Task(SessionId(session_id), fl["number"], fl["attempt"], TaskKind.TRAIN, client)
+
+    def open_task_of_model(self, client: ClientId, model_id: str) -> Task | None:
+        """The client's one open task that trains from this model."""
+        tasks = [
+            task for owner in self._sessions.values() for task, model in owner.open_tasks(client) if model == model_id
+        ]
+        return tasks[0] if len(tasks) == 1 else None
+
+    # ---- clients
+
+    async def attach(self, client: ClientId, name: str, peer: str) -> Mailbox:
+        """Its tasks from now on; those that it has still to do come at once."""
+        at = self.clock()
+        presence = {"status": "online", "last_seen": at, "updated_at": at, "combiner": records.COMBINER_NAME}
+        document = {**_new_client(client, name, at), **presence}
+        await self.journal.record(Collection.CLIENTS, document, Patch(Collection.CLIENTS, client, presence))
+        mailbox = self.streams.open(client, peer)
+        for session in list(self._sessions.values()):
+            await session.inbox.put(ClientAttached(client))
+        self.feed.tell("client", client_id=client, status="online")
+        return mailbox
+
+    async def detach(self, mailbox: Mailbox) -> None:
+        client = mailbox.client
+        if not self.streams.close(mailbox) or self._not_running:
+            return
+        for session in list(self._sessions.values()):
+            await session.inbox.put(ClientDetached(client))
+        await self._note_absence([client])
+
+    async def add_client(self, client: ClientId, *, name: str, ip: str, package: str, preferred: str | None) -> None:
+        """Assigned over REST; its stream comes next."""
+        at = self.clock()
+        status = "online" if client in self.streams.attached() else "available"
+        said = {"name": name, "ip": ip, "package": package, "combiner_preferred": preferred, "last_seen": at}
+        changes = {**said, "status": status, "combiner": records.COMBINER_NAME, "updated_at": at}
+        document = {**_new_client(client, name, at), **changes}
+        await self.journal.record(Collection.CLIENTS, document, Patch(Collection.CLIENTS, client, changes))
+
+    async def client_named(self, name: str) -> ClientId | None:
+        """FEDn's SDK users may send a client's name where its id belongs."""
+        query = Query((Condition("name", "eq", name),), limit=2)
+        found = await self.insist(self.store.find, Collection.CLIENTS, query)
+        return ClientId(found[0]["client_id"]) if len(found) == 1 else None
+
+    async def _note_absence(self, clients: Sequence[ClientId]) -> None:
+        at = self.clock()
+        for client in clients:
+            gone = {"status": "offline", "last_seen": at, "updated_at": at}
+            document = {**_new_client(client, client, at), **gone}
+            await self.journal.note(Collection.CLIENTS, document, Patch(Collection.CLIENTS, client, gone))
+            self.feed.tell("client", client_id=client, status="offline")
+
+    async def _forget_absent(self, expected: Sequence[ClientId]) -> None:
+        """Those that do not come back after a restart are offline; until then they are expected."""
+        await asyncio.sleep(self._patience.rejoin_window_s)
+        await self._note_absence([client for client in expected if client not in self.streams.attached()])
+
+    # ---- models and other documents
+
+    async def add_model(self, path: Path, *, name: str | None, sha256: str) -> Document:
+        """A seed from a checked npz file, which is taken: blob first, then the record that points at it."""
+        model = GlobalModel(ModelId(str(uuid.uuid4())), sha256=sha256)
+        await self.models.put_file(model.id, path)
+        put = Put(Collection.MODELS, records.model_document(model, name=name, session_id=None, at=self.clock()))
+        await self.write([put])
+        self.feed.tell("model", session_id=None, round=0, model_id=model.id)
+        return put.document
+
+    async def patch(self, collection: Collection, id: str, changes: Mapping[str, Any]) -> Document | None:
+        """The document with these plain fields set; None if there is none."""
+        await self.write([Patch(collection, id, {**changes, "updated_at": self.clock()})])
+        return await self.insist(self.store.get, collection, id)
+
+    async def active_helper(self) -> str | None:
+        document = await self.insist(self.store.get, Collection.PACKAGES, "active")
+        return document["helper"] if document else None
+
+    async def set_active_helper(self, helper: str) -> None:
+        at = self.clock()
+        document = {"package_id": "active", "key": "active", "helper": helper, "committed_at": at, "updated_at": at}
+        await self.insist(self.store.append, Collection.PACKAGES, [document])
+        await self.patch(Collection.PACKAGES, "active", {"helper": helper})
+
+    async def announce_combiner(self, address: str, port: int) -> None:
+        """This process's combiner, for those who list them."""
+        at = self.clock()
+        where = {"address": address, "port": port, "updated_at": at}
+        combiner_id = str(uuid.uuid5(uuid.NAMESPACE_OID, records.COMBINER_NAME))
+        document: Document = {
+            "combiner_id": combiner_id,
+            "name": records.COMBINER_NAME,
+            "fqdn": None,
+            "ip": "",
+            "parent": "localhost",
+            "committed_at": at,
+            **where,
+        }
+        await self.insist(self.store.append, Collection.COMBINERS, [document])
+        await self.write([Patch(Collection.COMBINERS, combiner_id, where)])
+
+    # ---- the store
+
+    async def insist(self, work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The outcome of something that may be done again, however long its store is away."""
+        while True:
+            try:
+                outcome = await work(*args, **kwargs)
+            except Unavailable as away:
+                if self._away is None:
+                    self._away = (self.clock(), str(away))
+                    logger.warning("store away", extra={"why": str(away)})
+                await asyncio.sleep(self._patience.store_retry_s)
+            else:
+                if self._away is not None:
+                    logger.warning("store back", extra={"away_s": round(self.clock() - self._away[0], 1)})
+                    self._away = None
+                return outcome
+
+    async def write(self, writes: Sequence[Write]) -> None:
+        await self.insist(self.store.save, writes)
+
+    async def load(self, session_id: str) -> tuple[Session, records.SessionFacts, RoundIds]:
+        """What the store knows of a session. Raises NotFound."""
+        document = await self.insist(self.store.get, Collection.SESSIONS, session_id)
+        if document is None:
+            raise NotFound(f"Entity with id: {session_id} not found")
+        record = records.session_record(document)
+        committed, attempt = record.model.round, (record.model.round + 1, record.attempt)
+        rounds = await self._find(
+            Collection.ROUNDS, Condition("fl.session", "eq", session_id), Condition("fl.number", "gte", committed)
+        )
+        round_ids: RoundIds = {}
+        running, reports = None, []
+        for found in rounds:
+            key = (found["fl"]["number"], found["fl"]["attempt"])
+            round_ids[key] = (found["round_id"], found["committed_at"])
+            if key == attempt:
+                running = records.round_record(found)
+                stored = await self.insist(self.store.reports, found["round_id"])
+                reports = [records.report_of(report) for report in stored]
+        validations = await self._find(
+            Collection.VALIDATIONS,
+            Condition("session_id", "eq", session_id),
+            Condition("model_id", "eq", record.model.id),
+        )
+        validated = [ClientId(validation["fl"]["client"]) for validation in validations]
+        session = Session.from_records(record, running, reports, validated)
+        return session, records.session_facts(document), round_ids
+
+    async def _load(self, session_id: SessionId) -> SessionTask:
+        session, facts, round_ids = await self.load(session_id)
+        if known := self._sessions.get(session_id):
+            return known  # two loads at once: the first one owns it
+        task = self._sessions[session_id] = SessionTask(self, session, facts, round_ids)
+        task.main = self._tasks.create_task(task.run(), name=f"session {session_id}")
+        return task
+
+    def new_round_id(self) -> str:
+        return str(next(self._round_ids))
+
+    async def _round_id_of(self, task: Task) -> str | None:
+        found = await self._find(
+            Collection.ROUNDS,
+            Condition("fl.session", "eq", task.session),
+            Condition("fl.number", "eq", task.round),
+            Condition("fl.attempt", "eq", task.attempt),
+            limit=1,
+        )
+        return found[0]["round_id"] if found else None
+
+    async def _find(
+        self, collection: Collection, *where: Condition, sort: tuple[tuple[str, bool], ...] = (), limit: int = 0
+    ) -> list[Document]:
+        return await self.insist(self.store.find, collection, Query(where, sort, limit=limit))
+
+    # ---- litter
+
+    async def _sweep(self) -> None:
+        """Uploads that no report names, and models' bytes that no record names, go when they are old enough."""
+        while True:
+            await asyncio.sleep(self._patience.sweep_every_s)
+            spool, counted = self.workshop.spool, set[str]()
+            for session in self._sessions.values():
+                counted |= session.blobs()
+            old = [blob for blob in spool.stale(self.clock() - self._patience.upload_ttl_s) if blob not in counted]
+            await self.insist(spool.remove, old)
+            litter = await self._litter()
+            await self.insist(self.models.delete, litter)
+            if old or litter:
+                logger.info("swept", extra={"uploads": len(old), "blobs": len(litter)})
+
+    async def _litter(self) -> list[str]:
+        oldest = self.clock() - self._patience.litter_ttl_s
+        keys = [key for key, put_at in await self.insist(self.models.keys) if put_at < oldest]
+        sessions = await self._find(Collection.SESSIONS)
+        named = {records.session_record(session).model.optimizer_state for session in sessions}
+        named |= {records.session_record(session).model.id for session in sessions}
+        return [
+            key
+            for key in keys
+            if key not in named and await self.insist(self.store.get, Collection.MODELS, key) is None
+        ]
+
+
+def _new_client(client: ClientId, name: str, at: float) -> Document:
+    return {
+        "client_id": client,
+        "name": name,
+        "combiner": records.COMBINER_NAME,
+        "combiner_preferred": None,
+        "ip": None,
+        "status": "available",
+        "last_seen": at,
+        "package": None,
+        "committed_at": at,
+        "updated_at": at,
+    }

@@ -1,0 +1,285 @@
+"""Owns one session: takes what happened from its inbox, lets the core decide, carries the effects out in order.
+
+Saves of a whole batch of events are one write and come first; whatever the core ordered after them follows in its
+order. Nobody else holds the session; what others need of it is asked through the methods here, which only read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from fl_server import log
+from fl_server.core.events import (
+    Aggregate,
+    Answer,
+    AnswerFromStore,
+    Broken,
+    DeadlinePassed,
+    Discard,
+    Effect,
+    Event,
+    Fold,
+    IssueTask,
+    Save,
+    SaveModel,
+    SaveReport,
+    SaveRound,
+    SaveSession,
+    StoreReturned,
+    UpdateLost,
+    WakeAt,
+)
+from fl_server.core.explain import explain
+from fl_server.core.model import ClientId, GlobalModel, ModelId, Status, Task, TaskKind, UpdateId
+from fl_server.core.session import Session, step
+from fl_server.errors import Unavailable
+from fl_server.scheduler import records
+from fl_server.scheduler.aggregation import Aggregation, Workshop
+from fl_server.scheduler.calls import Calls, Reply
+from fl_server.scheduler.feed import Feed
+from fl_server.scheduler.streams import Assignment, ClientStreams
+from fl_server.store.ports import BlobStore, Write
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+INBOX_SIZE = 1024  # full: submit waits, and so does the client
+BATCH_SIZE = 256
+OUTAGE_S = 1.0  # a save that waited longer moves the deadlines
+
+
+class Surroundings(Protocol):
+    """What a session's task needs of the scheduler."""
+
+    clock: Callable[[], float]
+    streams: ClientStreams
+    calls: Calls
+    feed: Feed
+    workshop: Workshop
+    updates: BlobStore
+
+    async def insist(self, work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T: ...
+    async def write(self, writes: Sequence[Write]) -> None: ...
+    async def load(self, session_id: str) -> tuple[Session, records.SessionFacts, RoundIds]: ...
+    async def verdict(self, task: Task, update_id: UpdateId) -> Reply: ...
+    def new_round_id(self) -> str: ...
+
+
+RoundIds = dict[tuple[int, int], tuple[str, float]]  # (round, attempt) -> its wire id, and when it began
+
+
+class SessionTask:
+    def __init__(
+        self, around: Surroundings, session: Session, facts: records.SessionFacts, round_ids: RoundIds
+    ) -> None:
+        self._around, self._session, self.facts = around, session, facts
+        self._round_ids = round_ids
+        self.inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_SIZE)
+        self._ended: asyncio.Queue[Discard] = asyncio.Queue()  # unbounded: one an attempt
+        self._alarm: float | None = None
+        self._store_away_s = 0.0
+        self._aggregation = Aggregation(
+            session.record.id, lambda: self._session.record.config, around.workshop, around.insist, self.inbox.put
+        )
+        self.main: asyncio.Task[None]
+
+    # ---- for those who only read
+
+    @property
+    def running(self) -> bool:
+        return self._session.record.status is Status.RUNNING
+
+    def explain(self) -> list[str]:
+        return explain(self._session, self._around.clock())
+
+    def wants(self, task: Task) -> GlobalModel | None:
+        """The model that an update of this task is compared with; None if the task is not open."""
+        round = self._session.round
+        is_open = round is not None and round.open_task(task.client) == task
+        return self._session.record.model if is_open else None
+
+    def open_tasks(self, client: ClientId) -> list[tuple[Task, ModelId]]:
+        """What the client has still to train."""
+        round = self._session.round
+        task = round.open_task(client) if round else None
+        return [(task, self._session.record.model.id)] if task else []
+
+    def task_of_round(self, client: ClientId, round_id: str) -> Task | None:
+        for (number, attempt), (known, _) in self._round_ids.items():
+            if known == round_id:
+                return Task(self._session.record.id, number, attempt, TaskKind.TRAIN, client)
+        return None
+
+    def blobs(self) -> set[str]:
+        """The spooled updates that the running round counts on."""
+        reports = self._session.round.reports.values() if self._session.round else ()
+        return {report.update.blob for report in reports if report}
+
+    async def lost(self) -> tuple[UpdateLost, ...]:
+        """The running round's accepted updates whose bytes did not survive."""
+        round = self._session.round
+        reports = [report for report in (round.reports.values() if round else ()) if report and report.counts]
+        spool = self._around.workshop.spool
+        gone = await self._around.insist(spool.missing, [report.update.blob for report in reports])
+        why = "not in the spool after a restart"
+        return tuple(
+            UpdateLost(report.task, report.update.update_id, why) for report in reports if report.update.blob in gone
+        )
+
+    # ---- the one writer
+
+    async def run(self) -> None:
+        log.session_id.set(self._session.record.id)
+        try:
+            async with asyncio.TaskGroup() as children:
+                children.create_task(self._aggregation.run(), name="aggregation")
+                children.create_task(self._clear(), name="clear")
+                while True:
+                    await self._carry_out(await self._decide(await self._next_events()))
+        finally:
+            self._aggregation.stop()
+
+    async def _next_events(self) -> list[Event]:
+        """All that is in the inbox; waits for the first, at most until the alarm."""
+        if self._store_away_s > OUTAGE_S:
+            away_s, self._store_away_s = self._store_away_s, 0.0
+            return [StoreReturned(away_s)]
+        try:
+            async with asyncio.timeout(None if self._alarm is None else max(0.0, self._alarm - self._around.clock())):
+                events = [await self.inbox.get()]
+        except TimeoutError:
+            return [DeadlinePassed()]
+        while not self.inbox.empty() and len(events) < BATCH_SIZE:
+            events.append(self.inbox.get_nowait())
+        return events
+
+    async def _decide(self, events: list[Event]) -> list[Effect]:
+        effects: list[Effect] = []
+        for event in events:
+            try:
+                more = step(self._session, event, self._around.clock())
+            except Exception:  # a bug of ours: this session ends, the others go on
+                incident = uuid.uuid4().hex[:8]
+                logger.exception("session broken", extra={"incident": incident, "event": type(event).__name__})
+                await self._carry_out(effects)
+                session_id = self._session.record.id
+                self._session, self.facts, self._round_ids = await self._around.load(session_id)
+                effects = step(self._session, Broken(f"incident {incident}"), self._around.clock())
+                if call := getattr(event, "call", None):
+                    self._around.calls.refuse(call, Unavailable(f"incident {incident}"))
+                continue
+            logger.debug("step", extra={"event": type(event).__name__, "effects": [type(e).__name__ for e in more]})
+            effects += more
+        return effects
+
+    async def _carry_out(self, effects: list[Effect]) -> None:
+        around = self._around
+        at = around.clock()
+        if writes := [write for effect in effects if isinstance(effect, Save) for write in self._writes(effect, at)]:
+            await around.write(writes)
+            self._store_away_s = around.clock() - at
+        for effect in effects:
+            match effect:
+                case SaveSession() | SaveRound() | SaveReport() | SaveModel():
+                    self._tell(effect)
+                case Answer(call, reply, reason):
+                    around.calls.answer(call, (reply, reason))
+                case AnswerFromStore(call, task, update_id):
+                    around.calls.answer(call, await around.verdict(task, update_id))
+                case IssueTask(task, model, deadline):
+                    # a validation's task names the round that made its model
+                    round_id, _ = self._round_ids[task.round, task.attempt]
+                    around.streams.deliver(Assignment(task, model, deadline, round_id, self._session.record.config))
+                case WakeAt(at_s):
+                    self._alarm = at_s
+                case Fold() | Aggregate():
+                    self._aggregation.order(effect)
+                case Discard():
+                    self._aggregation.abandon(effect)
+                    self._ended.put_nowait(effect)
+
+    async def _clear(self) -> None:
+        """Ended attempts' updates leave the spool, beside the inbox: deleted, or kept if the session says so."""
+        around = self._around
+        spool = around.workshop.spool
+        while True:
+            ended = await self._ended.get()
+            record = self._session.record
+            if not record.config.delete_models_storage:
+                for blob in filter(None, ended.blobs):
+                    key = f"{record.id}-{ended.round}-{ended.attempt}-{blob}"
+                    await around.insist(self._keep, key, blob)
+            await around.insist(spool.remove, ended.blobs)
+
+    async def _keep(self, key: str, blob: str) -> None:
+        spool = self._around.workshop.spool
+        if not await spool.missing([blob]):
+            await self._around.updates.put_file(key, spool.path(blob))
+
+    # ---- records
+
+    def _round_id(self, number: int, attempt: int, at: float) -> tuple[str, float]:
+        """Given when the attempt is first saved, and kept: it is what FEDn's users call the round."""
+        if (number, attempt) not in self._round_ids:
+            committed = self._session.record.model.round  # its round is still named by validation tasks
+            kept = {key: named for key, named in self._round_ids.items() if key[0] >= committed}
+            self._round_ids = {**kept, (number, attempt): (self._around.new_round_id(), at)}
+        return self._round_ids[number, attempt]
+
+    def _writes(self, save: Save, at: float) -> list[Write]:
+        config = self._session.record.config
+        match save:
+            case SaveSession(record):
+                return [records.session_put(record, self.facts, at)]
+            case SaveRound(record):
+                round_id, began_at = self._round_id(record.number, record.attempt, at)
+                return [records.round_put(record, round_id, config, self._base_of(record.number), began_at, at)]
+            case SaveReport(report):
+                round_id, _ = self._round_ids[report.task.round, report.task.attempt]
+                return [records.report_put(report, round_id)]
+            case SaveModel(record):
+                round_id, _ = self._round_ids[record.model.round, record.model.attempt]
+                return [*records.model_writes(record, round_id, at)]
+
+    def _base_of(self, number: int) -> ModelId:
+        model = self._session.record.model
+        return model.parent if model.round == number and model.parent else model.id
+
+    def _tell(self, save: Save) -> None:
+        session_id, feed = self._session.record.id, self._around.feed
+        match save:
+            case SaveSession(record):
+                log.round_number.set(record.model.round + 1)
+                wire = records.WIRE_STATUS[record.status]
+                done = {"rounds_committed": record.model.round, "rounds": record.last_round}
+                feed.tell("session", session_id=session_id, status=wire, reason=record.reason, **done)
+                logger.info("session saved", extra={"status": wire, "reason": record.reason, **done})
+            case SaveRound(record):
+                told: dict[str, Any] = {"round": record.number, "attempt": record.attempt, "phase": str(record.phase)}
+                told |= {"cohort": len(record.cohort), "reason": record.reason}
+                feed.tell(
+                    "round", session_id=session_id, round_id=self._round_ids[record.number, record.attempt][0], **told
+                )
+                logger.info("round saved", extra=told)
+            case SaveReport(report):
+                round = self._session.round
+                same = round is not None and round.record.number == report.task.round
+                received = {"received": round.reported, "expected": len(round.reports)} if round and same else {}
+                feed.tell(
+                    "update",
+                    session_id=session_id,
+                    round=report.task.round,
+                    client_id=report.task.client,
+                    verdict=str(report.verdict),
+                    reason=report.reason,
+                    **received,
+                )
+            case SaveModel(record):
+                model = record.model
+                feed.tell(
+                    "model", session_id=session_id, round=model.round, model_id=model.id, updates=model.num_updates
+                )

@@ -1,0 +1,88 @@
+"""All settings of the server: read once, from the command line, `FL_*` variables, a TOML file, defaults, in this order.
+
+An unknown key is an error that names it. Durations are seconds (`_s`), sizes bytes (`_bytes`).
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from fl_server.errors import Invalid
+
+PREFIX = "FL_"
+NOT_OURS = {"FL_API_URL", "FL_TOKEN", "FL_CONFIG"}  # of the client and the command line
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    data_dir: Path = Field(Path("flserve-data"), description="where the embedded stores and the spool lie")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    api_port: Port = Field(8092, description="REST; 0: any free one")
+    grpc_port: Port = Field(12080, description="gRPC, for the clients; 0: any free one")
+    advertise_host: str = Field("", description="address that clients are told to dial; default: the one they called")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    durability: Literal["process", "host"] = Field(
+        "process", description="what an accepted update survives: the death of the process, or (fsync) of the host"
+    )
+    max_model_bytes: Bytes = Field(4 * 2**30, description="largest model, inflated")
+    spool_max_bytes: Bytes = Field(64 * 2**30, description="uploads on disk; more wait until a round ends")
+    upload_ttl_s: Seconds = Field(3600.0, description="an upload that no update names is deleted after this")
+    uploads_at_once: Annotated[int, Field(ge=1)] = Field(8, description="more wait their turn")
+    upload_idle_timeout_s: Seconds = Field(60.0, description="an upload that sends nothing for so long is dropped")
+    store_patience_s: Seconds = Field(30.0, description="a call waits so long for a store that is away")
+    download_cache_bytes: Bytes = Field(512 * 2**20, description="models kept ready for download")
+    grpc_upload_window: Literal["small", "auto"] = Field(
+        "small", description="auto: faster for one far client (51 against 16 MB/s at 50 ms), but 4 times the memory"
+    )
+    rejoin_window_s: Seconds = Field(60.0, description="after a restart, clients are expected back within this")
+    drain_timeout_s: Seconds = Field(5.0, description="a stop waits so long for calls under way")
+
+    @classmethod
+    def load(cls, config: Path | None, given: Mapping[str, Any]) -> Settings:
+        """given: from the command line; None is not given. Raises Invalid, naming the key and where it stands."""
+        known = {PREFIX + name.upper() for name in cls.model_fields} | NOT_OURS
+        for name in os.environ:
+            if name.startswith(PREFIX) and not name.startswith("FL_TEST_") and name.upper() not in known:
+                raise Invalid(f"{name}: unknown setting in the environment")
+        _check_file(config, cls)
+
+        class Loaded(cls):  # type: ignore[valid-type, misc]
+            @classmethod
+            def settings_customise_sources(
+                cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                file = [TomlConfigSettingsSource(settings_cls, toml_file=config)] if config else []
+                return (sources["init_settings"], sources["env_settings"], *file)
+
+        try:
+            loaded: Settings = Loaded(**{key: value for key, value in given.items() if value is not None})
+        except ValidationError as wrong:
+            first = wrong.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise Invalid(f"{name}: {first['input']!r}: {first['msg']}") from None
+        return loaded
+
+
+def _check_file(config: Path | None, cls: type[Settings]) -> None:
+    if config is None:
+        return
+    try:
+        keys = tomllib.loads(config.read_text())
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise Invalid(f"config: {config}: {unreadable}") from None
+    except tomllib.TOMLDecodeError as wrong:
+        raise Invalid(f"config: {config}: {wrong}") from None
+    for key in keys:
+        if key not in cls.model_fields:
+            raise Invalid(f"{key}: unknown setting in {config}")

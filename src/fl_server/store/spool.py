@@ -1,0 +1,301 @@
+"""Uploaded updates on local disk, found by (client, upload id) until their round is over, also after a restart.
+
+A name is a hash of both ids and the time at which the upload was complete: no client's text is in a path, and a second
+upload never overwrites an accepted one. Methods are called on the loop, and only there; the disk is touched in the
+executor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from fl_server.errors import Missing, Unavailable
+from fl_server.store.disk import PART, disk_errors, make_folder, place, sync
+
+T = TypeVar("T")
+
+_BUFFER_BYTES = 2 * 1024 * 1024  # an upload that is no larger costs one call of the executor
+_REMOVED_AT_ONCE = 256  # then others get their turn in the executor
+_NAME = re.compile(r"[0-9a-f]{32}\.[0-9]{20}")
+
+
+class SpoolFull(Unavailable):
+    """It does not fit now: wait_for_room(), and again."""
+
+
+class Spool:
+    """max_bytes: what complete and open uploads may hold together.
+
+    fsync: what finish() has answered survives a loss of power, and not only the death of the process.
+    clock: seconds since the epoch; it decides which upload of the same ids is the newest, and stale().
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        executor: Executor,
+        *,
+        max_bytes: int,
+        fsync: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._folder, self._executor, self._fsync = folder, executor, fsync
+        self._max_bytes, self._clock = max_bytes, clock
+        self._sizes: dict[str, int] = {}  # complete uploads: bytes by name
+        self._names: dict[str, set[str]] = {}  # the same: names by stem
+        self._used_bytes = 0
+        self._last_nonce = 0
+        self._parts = itertools.count()
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    async def open(self) -> None:
+        """Finds what an earlier process left: complete uploads stay, all files whose names end in ".part" go."""
+
+        def work() -> dict[str, int]:
+            make_folder(self._folder, fsync=self._fsync)
+            sizes = {}
+            with os.scandir(self._folder) as entries:
+                for entry in entries:
+                    if entry.name.endswith(PART):
+                        os.unlink(entry.path)
+                    elif _NAME.fullmatch(entry.name):
+                        sizes[entry.name] = entry.stat().st_size
+            return sizes
+
+        for name, size_bytes in (await self._run("open", work)).items():
+            self._keep(name, size_bytes)
+
+    async def begin(self, client: str, upload: str) -> Upload:
+        """Nothing is on disk yet. Whoever begins calls finish() or, in `finally`, abort()."""
+        return Upload(self, _stem(client, upload), self._folder / f"{next(self._parts)}{PART}")
+
+    def find(self, client: str, upload: str) -> str | None:
+        """The newest complete one."""
+        return max(self._names.get(_stem(client, upload), ()), default=None)
+
+    def path(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise AssertionError(f"{name[:100]!r} is no name of ours")
+        return self._folder / name
+
+    def size_bytes(self, name: str) -> int:
+        """Raises Missing."""
+        if name not in self._sizes:
+            raise Missing(f"there is no upload {name} in the spool")
+        return self._sizes[name]
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    async def wait_for_room(self, size_bytes: int) -> None:
+        """Returns when that many bytes fit; nothing is set aside. Raises SpoolFull if they never will."""
+        if size_bytes > self._max_bytes:
+            raise SpoolFull(
+                f"{size_bytes} bytes will never fit into a spool of {self._max_bytes}: raise spool_max_bytes"
+            )
+        while self._used_bytes + size_bytes > self._max_bytes:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiting.discard(waiter)
+
+    async def replace(self, name: str, path: Path) -> None:
+        """The file at `path`, in the spool's file system, takes the place of the upload; it is gone afterwards.
+
+        It counts against max_bytes, but is never refused. Repeating it is allowed. Raises Missing if there is neither.
+        """
+        target = self.path(name)
+
+        def work() -> int:
+            if path.exists():
+                place(path, target, fsync=self._fsync)
+            elif not target.exists():
+                raise Missing(f"replace {name}: neither {path} nor the upload is there")
+            elif self._fsync:  # moved by a call whose outcome nobody heard
+                sync(self._folder)
+            return target.stat().st_size
+
+        self._keep(name, await self._run(f"replace {name}", work))
+
+    async def missing(self, names: Iterable[str]) -> set[str]:
+        """Those whose bytes are not on the disk; no name, no bytes."""
+        paths = {name: self.path(name) if name else None for name in names}
+        return await self._run(
+            "missing", lambda: {name for name, path in paths.items() if path is None or not path.exists()}
+        )
+
+    async def remove(self, names: Iterable[str]) -> None:
+        """Empty names, and names of uploads that are gone, are passed over."""
+        names = [name for name in names if name]
+        for start in range(0, len(names), _REMOVED_AT_ONCE):
+            batch = names[start : start + _REMOVED_AT_ONCE]
+            await self._run("remove", partial(_unlink, [self.path(name) for name in batch]))
+            for name in batch:
+                self._forget(name)
+
+    def stale(self, older_than: float) -> list[str]:
+        """Complete before this time, seconds since the epoch; oldest first."""
+        return sorted((name for name in self._sizes if _nonce(name) < older_than * 1e9), key=_nonce)
+
+    def _new_name(self, stem: str) -> str:
+        """Sorts behind all of this process, and of its stem, also if the clock was set back."""
+        newest = max((_nonce(name) for name in self._names.get(stem, ())), default=0)
+        self._last_nonce = max(int(self._clock() * 1e9), self._last_nonce + 1, newest + 1)
+        return f"{stem}.{self._last_nonce:020}"
+
+    def _keep(self, name: str, size_bytes: int) -> None:
+        self._release(self._sizes.get(name, 0) - size_bytes)
+        self._sizes[name] = size_bytes
+        self._names.setdefault(_stem_of(name), set()).add(name)
+
+    def _forget(self, name: str) -> None:
+        if name in self._sizes:
+            self._release(self._sizes.pop(name))
+            siblings = self._names[_stem_of(name)]
+            siblings.discard(name)
+            if not siblings:
+                del self._names[_stem_of(name)]
+
+    def _reserve(self, size_bytes: int) -> None:
+        if self._used_bytes + size_bytes > self._max_bytes:
+            raise SpoolFull(
+                f"the spool is full: {self._used_bytes} of {self._max_bytes} bytes used, {size_bytes} more do not fit; "
+                "wait until a round is over, or raise spool_max_bytes"
+            )
+        self._used_bytes += size_bytes
+
+    def _release(self, size_bytes: int) -> None:
+        self._used_bytes -= size_bytes
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _run(self, doing: str, work: Callable[[], T]) -> T:
+        def on_thread() -> T:
+            with disk_errors(f"spool {self._folder}: {doing}"):
+                return work()
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, on_thread)
+
+
+class Upload:
+    """One upload while it comes in; one task uses it.
+
+    A write() that raised took nothing and may be repeated, and so may finish(); after a cancelled one only abort().
+    """
+
+    def __init__(self, spool: Spool, stem: str, part: Path) -> None:
+        self._spool, self._stem, self._part = spool, stem, part
+        self._buffer = bytearray()
+        self._flushed_bytes = 0  # in the part file, before the buffer
+        self._path: Path | None = None  # its place, once finish() was called
+        self._finished = self._aborted = self._touched_disk = False
+
+    @property
+    def size_bytes(self) -> int:
+        return self._flushed_bytes + len(self._buffer)
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """Raises SpoolFull."""
+        if self._path is not None or self._aborted:
+            raise AssertionError("write after finish or abort")
+        before_bytes = self.size_bytes
+        self._spool._reserve(memoryview(data).nbytes)
+        self._buffer += data
+        if len(self._buffer) > _BUFFER_BYTES:
+            try:
+                await self._run("write", self._flush)
+            except Unavailable:
+                self._spool._release(self.size_bytes - before_bytes)
+                del self._buffer[before_bytes - self._flushed_bytes :]
+                raise
+            self._flushed_bytes += len(self._buffer)
+            self._buffer = bytearray()
+
+    async def finish(self) -> str:
+        """Returns its name: it is durable, and found."""
+        if self._aborted:
+            raise AssertionError("finish after abort")
+        if self._path is None:
+            self._path = self._spool.path(self._spool._new_name(self._stem))
+        path = self._path
+
+        def work() -> None:
+            if path.exists():  # a repeated call: what failed was the fsync of the folder
+                sync(path.parent)
+                return
+            self._flush()
+            place(self._part, path, fsync=self._spool._fsync)
+
+        if not self._finished:
+            await self._run("finish", work)
+            self._finished = True
+            self._spool._release(self.size_bytes)
+            self._spool._keep(path.name, self.size_bytes)
+            self._flushed_bytes, self._buffer = self.size_bytes, bytearray()
+        return path.name
+
+    async def abort(self) -> None:
+        """Nothing of it stays. After finish() it does nothing."""
+        if self._finished:
+            return
+        if not self._aborted:
+            self._aborted = True
+            self._spool._release(self.size_bytes)
+            self._buffer = bytearray()
+        if self._touched_disk:
+            await self._spool._run("abort", self._discard)
+
+    def _flush(self) -> None:
+        """Behind what is there for certain: a flush that failed may have left a part of its bytes."""
+        with open(self._part, "r+b" if self._flushed_bytes else "wb") as file:
+            file.truncate(self._flushed_bytes)
+            file.seek(self._flushed_bytes)
+            file.write(self._buffer)
+
+    def _discard(self) -> None:
+        _unlink([self._part] if self._path is None else [self._part, self._path])
+
+    async def _run(self, doing: str, work: Callable[[], None]) -> None:
+        self._touched_disk = True
+
+        def on_thread() -> None:
+            try:
+                work()
+            finally:
+                if self._aborted:  # its call was cancelled, and abort() may have found nothing to remove yet
+                    self._discard()
+
+        await self._spool._run(doing, on_thread)
+
+
+def _stem(client: str, upload: str) -> str:
+    """The length keeps ("a", "b\\0c") and ("a\\0b", "c") apart."""
+    return hashlib.sha256(f"{len(client)}\0{client}\0{upload}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _stem_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _nonce(name: str) -> int:
+    """Nanoseconds since the epoch, about."""
+    return int(name.partition(".")[2])
+
+
+def _unlink(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""The REST API over a real scheduler and the embedded stores, in process: no port, no client on the wire."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from fastapi import FastAPI
+
+from fl_server.core.model import ClientId
+from fl_server.rest.app import create_app
+from fl_server.rest.schemas import ENTITIES
+from fl_server.scheduler.aggregation import Workshop
+from fl_server.scheduler.scheduler import Scheduler
+from fl_server.store.files import FileBlobStore
+from fl_server.store.ports import Collection
+from fl_server.store.spool import Spool
+from fl_server.store.sqlite import SqliteStateStore
+
+MAX_MODEL_BYTES = 1 << 20
+NOW = 1_795_485_241.0  # Tue, 24 Nov 2026 01:54:01 GMT
+
+
+@dataclass(frozen=True)
+class Api:
+    http: httpx.AsyncClient
+    app: FastAPI
+    scheduler: Scheduler
+    folder: Path  # where uploads lie while they are checked
+
+    async def seed(self, **fields: Any) -> str:
+        answer = await self.http.post("/api/v1/models/", files={"file": ("seed.npz", npz(np.zeros(3)))}, data=fields)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["model_id"])
+
+    async def session(self, **config: Any) -> dict[str, Any]:
+        wanted = {"model_id": await self.seed(), **config}
+        answer = await self.http.post("/api/v1/sessions/", json={"name": "s", "session_config": wanted})
+        assert answer.status_code == 201, answer.text
+        return dict(answer.json())
+
+    async def attach(self, *names: str) -> None:
+        for name in names:
+            await self.scheduler.attach(ClientId(name), name, "peer")
+
+    async def counts(self) -> dict[str, int]:
+        return {entity.noun: await self.scheduler.store.count(entity.collection) for entity in ENTITIES}
+
+    async def insert(self, collection: Collection, **document: Any) -> None:
+        stored = {"committed_at": NOW, "updated_at": NOW, **document, "fl": {"version": 1}}
+        assert await self.scheduler.store.insert(collection, stored)
+
+
+@asynccontextmanager
+async def serving(folder: Path, *, raise_app_exceptions: bool = True) -> AsyncIterator[Api]:
+    with ExitStack() as stack:
+        state, disk, kernel = (stack.enter_context(ThreadPoolExecutor(threads)) for threads in (1, 2, 1))
+        store = SqliteStateStore(folder / "state.sqlite", state)
+        models, updates = FileBlobStore(folder / "models", disk), FileBlobStore(folder / "updates", disk)
+        spool = Spool(folder / "spool", disk, max_bytes=1 << 30)
+        uploads = folder / "work"
+        uploads.mkdir()
+        await store.open("test")
+        await models.open()
+        await updates.open()
+        await spool.open()
+        seconds = itertools.count()
+        workshop = Workshop(models, spool, kernel, uploads, MAX_MODEL_BYTES)
+        async with Scheduler(store, workshop, updates, lambda: NOW + next(seconds)).running() as scheduler:
+            app = create_app(
+                scheduler,
+                spool_folder=uploads,
+                kernel=kernel,
+                disk=disk,
+                advertise=lambda: ("combiner.example", 12080),
+                max_model_bytes=MAX_MODEL_BYTES,
+            )
+            transport = httpx.ASGITransport(app, raise_app_exceptions=raise_app_exceptions, client=("10.1.2.3", 4711))
+            async with httpx.AsyncClient(transport=transport, base_url="http://server:8092") as http:
+                yield Api(http, app, scheduler, uploads)
+        await store.close()
+
+
+def npz(*arrays: np.ndarray, **named: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, *arrays, **named)  # type: ignore[arg-type]
+    return out.getvalue()
