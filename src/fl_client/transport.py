@@ -22,6 +22,8 @@ from fl_client.wire import fl_pb2 as pb
 from fl_client.wire import fl_pb2_grpc
 from fl_client.wire.chunks import split
 
+_ASK_TIMEOUT_S = 10.0
+
 _stubs: Any = fl_pb2_grpc  # generated without types; each method below says what goes in and out
 
 
@@ -51,18 +53,19 @@ class Assignment:
         host, colon, port = address.rpartition(":")
         if not (host and colon and port.isascii() and port.isdigit() and int(port) < 65536):
             raise ClientError(f"combiner: {address!r} is not host:port")
-        return cls(host, int(port), tls=port == "443")
+        return cls(host.strip("[]"), int(port), tls=port == "443")
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-async def ask_assignment(http: httpx.AsyncClient, api_url: str, body: Mapping[str, str], token: str) -> Assignment:
-    """One POST of clients/add. Raises Unreachable while the server has no place for us, ClientError if it never will."""
+async def ask_assignment(api_url: str, body: Mapping[str, str], token: str) -> Assignment:
+    """One POST of clients/add. Raises Unreachable while there is no place for us, ClientError if there never will be."""
     url = f"{api_url.rstrip('/')}/api/v1/clients/add"
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        reply = await http.post(url, json=body, headers=headers)
+        async with httpx.AsyncClient(timeout=_ASK_TIMEOUT_S, follow_redirects=True) as http:
+            reply = await http.post(url, json=body, headers=headers)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
         raise ClientError(f"api_url: {api_url!r}: {exc}") from exc
     except httpx.HTTPError as exc:
@@ -74,7 +77,7 @@ async def ask_assignment(http: httpx.AsyncClient, api_url: str, body: Mapping[st
         raise Unreachable(f"{url} answered {reply.status_code}: {message}")
     if reply.status_code != 200:
         raise ClientError(f"{url} answered {reply.status_code}: {message}")
-    match reply.json():
+    match _json(reply):
         case {"fqdn": str(fqdn)} if fqdn:
             return Assignment(fqdn, 443, tls=True)
         case {"host": str(host), "port": int(port)} if host:
@@ -83,16 +86,21 @@ async def ask_assignment(http: httpx.AsyncClient, api_url: str, body: Mapping[st
 
 
 def _message(reply: httpx.Response) -> str:
-    try:
-        body = reply.json()
-    except ValueError:
-        body = None
-    match body:
+    match _json(reply):
         case {"message": str(message)}:
             return message
         case {"detail": str(detail)}:
             return detail
     return " ".join(reply.text.split())[:200] or reply.reason_phrase
+
+
+def _json(reply: httpx.Response) -> object:
+    """None if it is none."""
+    try:
+        body: object = reply.json()
+    except ValueError:
+        return None
+    return body
 
 
 # Our server leaves only UNAVAILABLE and the two of authentication; the others come from proxies and from FEDn's.
@@ -195,6 +203,7 @@ class Link:
     async def download(self, model_id: str, sender: pb.Client, *, max_bytes: int) -> bytearray | None:
         """The model's bytes; None if there is no such model. Raises CallRefused above max_bytes."""
         data = bytearray()
+        complete = False
         with _our_errors("Download"):
             call = self._models.Download(pb.ModelRequest(id=model_id, sender=sender), metadata=self._metadata)
             try:
@@ -205,11 +214,13 @@ class Link:
                             if len(data) > max_bytes:
                                 raise CallRefused(f"Download: model {model_id} is larger than {max_bytes} bytes")
                         case pb.ModelStatus.OK:
-                            return data
+                            complete = True
                         case pb.ModelStatus.FAILED:
                             return None
             finally:
                 call.cancel()
+        if complete:
+            return data
         raise Unreachable(f"Download: model {model_id} ended without its last message")
 
     async def upload(self, update_id: str, data: bytes) -> None:

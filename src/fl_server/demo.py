@@ -17,12 +17,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import httpx
 from rich.console import Console, Group, RenderableType
@@ -81,8 +81,11 @@ async def run_demo(
         _say(console, f"flserve demo: {exc}")
         return 1
     except asyncio.CancelledError:
-        if not received:
+        task = asyncio.current_task()
+        if not received or task is None:
             raise
+        for _ in received:
+            task.uncancel()
         _say(console, f"flserve demo: stopped by {received[0].name}")
         return 128 + received[0]
     if output_format == "json":
@@ -116,7 +119,7 @@ class DemoProgress:
     rows: dict[int, RoundRow] = field(default_factory=dict)
     status: str = ""
     reason: str = ""
-    metrics: dict[str, dict[str, Mapping[str, Any]]] = field(default_factory=dict)  # model id -> client id -> metrics
+    metrics: dict[int, dict[str, Mapping[str, Any]]] = field(default_factory=dict)  # of a round's model, by client id
 
     def apply(self, kind: str, data: Mapping[str, Any], at_s: float) -> bool:
         """False if the event is about something else."""
@@ -129,12 +132,14 @@ class DemoProgress:
             case "round":
                 self._round(data, at_s)
             case "update":
-                row = self._row(data["round"], at_s)
-                row.received, row.expected = data["received"], data["expected"]
+                if "received" in data:  # not for an update that comes when its round is over
+                    row = self._row(data["round"], at_s)
+                    row.received, row.expected = data["received"], data["expected"]
             case "model":
-                self._row(data["round"], at_s).model_id = data["model_id"]
+                row = self._row(data["round"], at_s)
+                row.phase, row.model_id, row.seconds = "completed", data["model_id"], at_s - row.started_at_s
             case "validation":
-                self.metrics.setdefault(data["model_id"], {})[data["client_id"]] = data["metrics"]
+                self.metrics.setdefault(data["round"], {})[data["client_id"]] = data["metrics"]
             case _:
                 return False
         return True
@@ -145,9 +150,7 @@ class DemoProgress:
             row.attempt, row.received = data["attempt"], 0
         row.phase = str(data["phase"]).lower()
         row.reason = data.get("reason") or ""
-        row.expected = data.get("cohort_size") or row.expected
-        if row.phase == "completed" and row.seconds is None:
-            row.seconds = at_s - row.started_at_s
+        row.expected = data["cohort"] or row.expected
 
     def _row(self, number: int, at_s: float) -> RoundRow:
         return self.rows.setdefault(number, RoundRow(number, at_s))
@@ -168,7 +171,7 @@ class DemoProgress:
 
     def mean(self, row: RoundRow, metric: str) -> float | None:
         """Of the round's model, over the clients that have validated it so far, each weighing the same."""
-        reports = self.metrics.get(row.model_id or "", {}).values()
+        reports = self.metrics.get(row.round, {}).values()
         values = [value for report in reports if (value := _finite(report.get(metric))) is not None]
         return fmean(values) if values else None
 
@@ -178,14 +181,14 @@ class DemoProgress:
         return [row for row in done if self.ended or row is not done[-1] or self._validated(row)]
 
     def _validated(self, row: RoundRow) -> bool:
-        return 0 < row.expected <= len(self.metrics.get(row.model_id or "", {}))
+        return 0 < row.expected <= len(self.metrics.get(row.round, {}))
 
 
 def _finite(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-async def server_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+async def server_events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
     """(event, data) of a stream of server-sent events whose data are JSON objects; comments are skipped."""
     kind, data, rest = "message", "", b""
     async for chunk in chunks:
@@ -319,17 +322,23 @@ class Children:
         return printed[-1] if printed else ""
 
     async def stop(self) -> None:
-        """Ends the newest first and the server last; after the deadline by SIGKILL."""
-        server, others = self.started[:1], self.started[1:]
-        for group in (others, server):
-            for child in group:
-                _signal_group(child, signal.SIGTERM)
-            waits = [asyncio.ensure_future(child.process.wait()) for child in group]
-            if waits:
-                await asyncio.wait(waits, timeout=STOP_TIMEOUT_S)
-            for child in group:
+        """Ends the server last. What is still there at the deadline, or when we are cancelled, is killed."""
+        try:
+            for group in (self.started[1:], self.started[:1]):
+                for child in group:
+                    _signal_group(child, signal.SIGTERM)
+                await _ended(group)
+        finally:
+            for child in self.started:
                 _signal_group(child, signal.SIGKILL)
-            await asyncio.gather(*waits)
+        await _ended(self.started)
+
+
+async def _ended(children: Sequence[Child]) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(STOP_TIMEOUT_S), asyncio.TaskGroup() as waits:
+            for child in children:
+                waits.create_task(child.process.wait(), name=f"end of {child.name}")
 
 
 async def watch(child: Child) -> None:
@@ -399,7 +408,7 @@ class _Demo:
             client = await children.start(f"client {index}", argv)
             tasks.create_task(watch(client), name=f"watch client {index}")
         async with _api(api_url, server) as api:
-            session_id = await self._create_session(api, await _upload(api, seed))
+            session_id = await self._create_session(api, await _upload(api, seed.read_bytes()))
             model_id = await self._train(api, session_id)
             final.write_bytes((await api.ask("GET", f"/api/v1/models/{model_id}/download")).content)
         scored = await children.run("score", [str(example / "score.py"), "--model", str(final), "--data", str(shards)])
@@ -499,10 +508,10 @@ class _Api:
     @asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[tuple[str, dict[str, Any]]]]:
         timeout = httpx.Timeout(REQUEST_TIMEOUT_S, read=None)  # silence has its own limit, in _follow
-        async with self.http.stream("GET", "/api/v1/events", timeout=timeout) as feed:
+        async with self.http.stream("GET", "/api/v1/events/", timeout=timeout) as feed:
             if not feed.is_success:
-                raise DemoFailed(f"GET /api/v1/events: {feed.status_code}")
-            async with aclosing(feed.aiter_bytes()) as chunks, aclosing(server_events(chunks)) as events:
+                raise DemoFailed(f"GET /api/v1/events/: {feed.status_code}")
+            async with aclosing(server_events(feed.aiter_bytes())) as events:
                 yield events
 
 
@@ -517,9 +526,9 @@ async def _api(api_url: str, server: Child) -> AsyncIterator[_Api]:
         raise server.failure(f"does not answer ({type(exc).__name__})") from exc
 
 
-async def _upload(api: _Api, seed: Path) -> str:
+async def _upload(api: _Api, seed: bytes) -> str:
     await api.ask("PUT", "/api/v1/helpers/active", json={"helper": "numpyhelper"})
-    reply = await api.ask("POST", "/api/v1/models/", files={"file": (seed.name, seed.read_bytes())})
+    reply = await api.ask("POST", "/api/v1/models/", files={"file": ("seed.npz", seed)})
     return str(reply.json()["model_id"])
 
 
@@ -535,21 +544,27 @@ def locate_example() -> Path:
 @contextmanager
 def _own_folder(root: Path) -> Iterator[Path]:
     """An empty folder, ours until the context ends: what a former demo made in it is deleted, anything else refused."""
+    with _locked_marker(root):
+        for name in MADE_HERE:
+            _delete(root / name)
+        (root / "logs").mkdir()
+        yield root
+
+
+def _locked_marker(root: Path) -> IO[str]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if any(root.iterdir()) and not (root / MARKER).exists():
             raise DemoFailed(f"{root} is not empty, and no demo made it: choose another --data-dir")
-        with (root / MARKER).open("a") as marker:
-            try:
-                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DemoFailed(f"another demo is running in {root}: choose another --data-dir") from None
-            for name in MADE_HERE:
-                _delete(root / name)
-            (root / "logs").mkdir()
-            yield root
+        marker = (root / MARKER).open("a")
     except OSError as exc:
-        raise DemoFailed(f"{exc.filename or root}: {exc.strerror}") from exc
+        raise DemoFailed(f"{exc.filename}: {exc.strerror}") from exc
+    try:
+        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        marker.close()
+        raise DemoFailed(f"another demo is running in {root}: choose another --data-dir") from None
+    return marker
 
 
 def _delete(path: Path) -> None:
@@ -570,15 +585,15 @@ def _new_file(path: Path) -> Iterator[int]:
 
 @contextmanager
 def _cancelled_by_signals(received: list[signal.Signals]) -> Iterator[None]:
-    """The first signal cancels the calling task; those after it are noted only: the end is under way and bounded."""
+    """The first signal cancels the calling task, which ends its processes; the next one has them killed at once."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    all_numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in all_numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stays ignored
 
     def on_signal(number: signal.Signals) -> None:
         received.append(number)
-        if len(received) == 1:
-            task.cancel()
+        task.cancel()
 
     for number in numbers:
         loop.add_signal_handler(number, on_signal, number)

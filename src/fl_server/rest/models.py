@@ -228,13 +228,16 @@ def _store_checked(upload: Path, seed: Path, max_bytes: int) -> str:
     """Writes the stored form that all of a session's models have; its sha256. Raises Invalid."""
     if (fault := codec.check_update(upload, None, max_bytes=max_bytes)) is not None:
         raise Invalid(f"file: {fault}")
-    with codec.open_npz(upload, max_bytes=max_bytes) as npz, codec.NpzWriter(seed) as out:
-        # FEDn's helper reads "0", "1", …; numpy.savez writes arr_0, arr_1, …
-        numbered = all(re.fullmatch(r"(arr_)?[0-9]+", spec.name) for spec in npz.layout)
-        for index, spec in enumerate(npz.layout):
-            name = str(index) if numbered else spec.name
-            order = npz.fortran_order(index)
-            out.add(name, spec.dtype, spec.shape, npz.blocks(index), fortran_order=order)
+    try:
+        with codec.open_npz(upload, max_bytes=max_bytes) as npz, codec.NpzWriter(seed) as out:
+            # FEDn's helper reads "0", "1", …; numpy.savez writes arr_0, arr_1, …
+            numbered = all(re.fullmatch(r"(arr_)?[0-9]+", spec.name) for spec in npz.layout)
+            for index, spec in enumerate(npz.layout):
+                name = str(index) if numbered else spec.name
+                order = npz.fortran_order(index)
+                out.add(name, spec.dtype, spec.shape, npz.blocks(index), fortran_order=order)
+    except codec.BadModel as wrong:  # a name that can be read and not be written
+        raise Invalid(f"file: {wrong}") from None
     return out.sha256
 
 

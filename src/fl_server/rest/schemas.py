@@ -38,6 +38,10 @@ def _header_safe(text: str) -> str:
     return text
 
 
+def _as_sent(seconds: float) -> float:
+    return int(seconds) if seconds.is_integer() else seconds  # FEDn shows round_timeout as 180, not 180.0
+
+
 def _kwargs(value: object) -> object:
     """FEDn takes an object, JSON text or the text of a Python literal."""
     if not isinstance(value, str):
@@ -69,8 +73,8 @@ Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_plain
 WireId = Annotated[str, Field(max_length=256), AfterValidator(_plain), AfterValidator(_header_safe)]
 NewSessionId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
 Count = Annotated[int, Field(ge=-1, le=2**31 - 1)]
-Seconds = Annotated[float, Field(gt=0, le=LONGEST_DURATION_S)]
-SecondsOrNone = Annotated[float, Field(ge=0, le=LONGEST_DURATION_S)]
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_DURATION_S), AfterValidator(_as_sent)]
+SecondsOrNone = Annotated[float, Field(ge=0, le=LONGEST_DURATION_S), AfterValidator(_as_sent)]
 JsonObject = dict[str, Any]
 
 
@@ -95,7 +99,7 @@ class SessionConfigBody(Body):
     aggregator_kwargs: Annotated[JsonObject | None, BeforeValidator(_kwargs)] = Field(
         None, description="an object, or the text of one (JSON or a Python literal)"
     )
-    round_timeout: Seconds = 180.0
+    round_timeout: Seconds = 180
     buffer_size: Count = -1
     rounds: Count | None = Field(None, description=f"{DEFAULT_ROUNDS} if absent; sessions/start may say another number")
     delete_models_storage: bool = True
@@ -107,10 +111,10 @@ class SessionConfigBody(Body):
     server_functions: str | None = Field(None, description="not supported: null or empty")
     client_settings: JsonObject | None = Field(None, description="goes to the clients with each training task")
     validation_timeout: Seconds | None = Field(None, description="seconds; round_timeout if absent")
-    selection_timeout: Seconds = Field(300.0, description="seconds a later round waits for clients_required clients")
-    rejoin_window: SecondsOrNone = Field(60.0, description="seconds that clients have to come back after a restart")
+    selection_timeout: Seconds = Field(300, description="seconds a later round waits for clients_required clients")
+    rejoin_window: SecondsOrNone = Field(60, description="seconds that clients have to come back after a restart")
     round_retries: Annotated[int, Field(ge=0, le=1000)] = 2
-    retry_wait: SecondsOrNone = Field(5.0, description="seconds between the tries of a round")
+    retry_wait: SecondsOrNone = Field(5, description="seconds between the tries of a round")
 
 
 class CreateSession(Body):
@@ -131,7 +135,7 @@ class StartSession(Body):
     rounds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     round_timeout: Seconds | None = None
     model_name_prefix: Text | None = None
-    wait_for_clients_s: SecondsOrNone = Field(0.0, description="wait this long for clients_required clients")
+    wait_for_clients_s: SecondsOrNone = Field(0, description="wait this long for clients_required clients")
 
     def chosen_clients(self) -> frozenset[ClientId] | None:
         ids = {ClientId(part.strip()) for part in (self.client_ids or "").split(",") if part.strip()}
@@ -188,15 +192,19 @@ def problem(errors: Sequence[Mapping[str, Any]]) -> str:
     """The first of pydantic's errors in one line that begins with the field's name."""
     error = errors[0]
     path = [str(part) for part in error["loc"] if part not in ("body", "query", "header", "path", "session_config")]
+    field = ".".join(path) or ("session_config" if "session_config" in error["loc"] else "body")
     match error["type"]:
         case "fedn_text":
             return str(error["msg"])
         case "extra_forbidden":
-            return f"Invalid object: unknown key {'.'.join(path)!r}"
+            return f"Invalid object: unknown key {field!r}"
         case "model_attributes_type" | "dict_type" | "model_type" if not path and isinstance(error["input"], bytes):
             return "body: a JSON object with Content-Type: application/json needed"
+        case "model_attributes_type" | "dict_type" | "model_type":
+            return f"{field}: a JSON object needed"
+        case "missing":
+            return f"{field}: missing"
         case _:
-            field = ".".join(path) or ("session_config" if "session_config" in error["loc"] else "body")
             return f"{field}: {error['msg']}"
 
 

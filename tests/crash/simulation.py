@@ -1,0 +1,468 @@
+"""A federation on a virtual clock: the real scheduler, stores and servicer, clients that behave as FEDn's, a process
+that can die at any of its durable calls.
+
+Time moves only when nobody has anything to do; if nobody ever will, that is an error and not a hang. Ports and sockets
+are left out: calls reach the servicer through a context of our own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import selectors
+import zlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+
+from fl_client.wire import codec
+from fl_client.wire import fl_pb2 as pb
+from fl_server.combiner.downloads import Downloads
+from fl_server.combiner.servicer import Limits, Servicer
+from fl_server.core.model import GlobalModel, ModelId, Outcome, SessionConfig, SessionRecord, Status
+from fl_server.errors import Invalid, Unavailable
+from fl_server.scheduler import records
+from fl_server.scheduler.aggregation import Workshop
+from fl_server.scheduler.intake import Intake
+from fl_server.scheduler.scheduler import Patience, Scheduler
+from fl_server.store.files import FileBlobStore
+from fl_server.store.ports import Collection, Condition, Query
+from fl_server.store.spool import Spool
+from fl_server.store.sqlite import SqliteStateStore
+
+T = TypeVar("T")
+BACKOFF_S, RESTART_S, SESSION = 10.0, 3.0, "s"
+STATE_CALLS = ("save", "insert", "append", "get", "find", "count", "reports")
+BLOB_CALLS = ("put", "put_file", "local", "get", "size_bytes", "delete")
+SPOOL_CALLS = ("begin", "missing", "remove", "replace", "path")
+UPLOAD_CALLS = ("write", "finish", "abort")
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+        super().__init__(selectors.DefaultSelector())
+        real = self._selector.select
+
+        def select(timeout: float | None = None) -> Any:
+            events = real(0)
+            if not events and timeout is None:
+                raise RuntimeError("nobody will ever do anything again")
+            if not events and timeout and timeout > 0:
+                self.now += timeout
+            return events
+
+        self._selector.select = select
+
+    def time(self) -> float:
+        return self.now
+
+    def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        future = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+class Killed(BaseException):
+    """The process is dead. Not an Exception: nothing may handle it."""
+
+
+class Death:
+    """Counts the calls of all durable things and dies at the k-th, before it has effect or after."""
+
+    def __init__(self, at: int | None = None, after: bool = False) -> None:
+        self.at, self.after, self.calls, self.dead = at, after, 0, asyncio.Event()
+        self.log: list[str] = []
+
+    def wrap(self, thing: T, methods: Sequence[str]) -> T:
+        for name in methods:
+            setattr(thing, name, self._deadly(getattr(thing, name), f"{type(thing).__name__}.{name}"))
+        return thing
+
+    def _deadly(self, method: Any, label: str) -> Any:
+        if inspect.iscoroutinefunction(method):
+
+            async def call(*args: Any, **kwargs: Any) -> Any:
+                mine = self._enter(label)
+                result = await method(*args, **kwargs)
+                self._leave(mine)
+                return self.wrap(result, UPLOAD_CALLS) if label == "Spool.begin" else result
+
+        else:
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                mine = self._enter(label)
+                result = method(*args, **kwargs)
+                self._leave(mine)
+                return result
+
+        return call
+
+    def _enter(self, label: str) -> int:
+        if self.dead.is_set():
+            raise Killed
+        self.calls += 1
+        self.log.append(label)
+        if self.calls == self.at and not self.after:
+            self._die()
+        return self.calls
+
+    def _leave(self, mine: int) -> None:
+        if mine == self.at and self.after:
+            self._die()
+        if self.dead.is_set():
+            raise Killed
+
+    def _die(self) -> None:
+        self.dead.set()
+        raise Killed
+
+
+class OneByOne(SqliteStateStore):
+    """As a store without transactions over several documents: each write is durable on its own."""
+
+    async def save(self, writes: Any) -> None:
+        for write in writes:
+            await super().save([write])
+            self.between()
+
+    def between(self) -> None:
+        """A process may die here."""
+
+
+class Aborted(Exception):
+    """What the RPC ended with."""
+
+
+@dataclass
+class Context:
+    """Of one call, as grpc.aio would give it."""
+
+    client: str
+    written: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return [("client", self.client)]
+
+    def peer(self) -> str:
+        return f"virtual:{self.client}"
+
+    async def write(self, message: Any) -> None:
+        await self.written.put(message)
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        raise (Unavailable if code is grpc.StatusCode.UNAVAILABLE else Aborted)(f"{code}: {details}")
+
+
+@dataclass
+class Life:
+    """One life of the server process."""
+
+    scheduler: Scheduler
+    servicer: Servicer
+
+
+class Network:
+    """What clients can reach: a server, or nobody."""
+
+    def __init__(self) -> None:
+        self.life: Life | None = None
+        self.died = asyncio.Event()
+
+    async def call(self, make: Callable[[Life], Awaitable[T]]) -> T:
+        """Runs a call on the server; raises Unavailable when the server is away or dies meanwhile."""
+        if self.life is None:
+            raise Unavailable("connection refused")
+        died = self.died
+        work, dead = asyncio.ensure_future(make(self.life)), asyncio.ensure_future(died.wait())
+        try:
+            await asyncio.wait({work, dead}, return_when=asyncio.FIRST_COMPLETED)
+            if died.is_set() or not work.done():
+                raise Unavailable("connection lost")
+            return work.result()
+        except (Killed, BaseExceptionGroup):
+            raise Unavailable("connection lost") from None
+        finally:
+            for task in (work, dead):
+                task.cancel()
+            await asyncio.gather(work, dead, return_exceptions=True)
+
+    async def insist(self, make: Callable[[Life], Awaitable[T]]) -> T:
+        """As FEDn's client: again after 10 s, for ever."""
+        while True:
+            try:
+                return await self.call(make)
+            except Unavailable:
+                await asyncio.sleep(BACKOFF_S)
+
+
+class SimClient:
+    """One task at a time; trains whenever asked; a new update id each time; never uploads again after Upload's OK."""
+
+    def __init__(self, index: int, network: Network, federation: Federation) -> None:
+        self.id, self.index, self.network, self.federation = f"c{index}", index, network, federation
+        self.heard: list[tuple[pb.TaskRequest, str, int]] = []  # (task, update id, verdict)
+        self.count = 0
+
+    async def run(self) -> None:
+        tasks: asyncio.Queue[pb.TaskRequest] = asyncio.Queue()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.listen(tasks))
+            while True:
+                task = await tasks.get()
+                if task.type == pb.MODEL_UPDATE:
+                    await self.train(task)
+                else:
+                    report = pb.ModelValidation(
+                        model_id=task.model_id,
+                        data='{"loss": 1.0}',
+                        correlation_id=task.correlation_id,
+                        session_id=task.session_id,
+                    )
+                    await self.network.insist(lambda life: life.servicer.SendModelValidation(report, Context(self.id)))  # noqa: B023
+
+    async def listen(self, tasks: asyncio.Queue[pb.TaskRequest]) -> None:
+        sender = pb.ClientAvailableMessage(sender=pb.Client(role=pb.CLIENT, name=self.id, client_id=self.id))
+        while True:
+            context = Context(self.id, tasks)
+            with contextlib.suppress(Unavailable):
+                await self.network.call(lambda life: life.servicer.TaskStream(sender, context))  # noqa: B023
+            await asyncio.sleep(BACKOFF_S + self.index * 0.1)
+
+    async def download(self, model_id: str) -> list[np.ndarray]:
+        async def fetch(life: Life) -> bytes:
+            context = Context(self.id)
+            await life.servicer.Download(pb.ModelRequest(id=model_id), context)
+            messages = [pb.ModelResponse.FromString(context.written.get_nowait()) for _ in range(context.written.qsize())]
+            assert messages[-1].status == pb.OK
+            return b"".join(message.data for message in messages)
+
+        return codec.decode(await self.network.insist(fetch))
+
+    async def train(self, task: pb.TaskRequest) -> None:
+        base = await self.download(task.model_id)
+        generator = np.random.default_rng(zlib.crc32(f"{task.model_id}/{self.id}/{task.round}".encode()))
+        update = [array + generator.normal(size=array.shape).astype(array.dtype) for array in base]
+        await asyncio.sleep(1 + self.index * 0.3)
+        if self.id == "c0" and task.round == 1:
+            update[0][0] = np.nan  # its content is at fault
+        if self.id == "c1" and task.round == 2:
+            await self.federation.committed(2)  # late, however long a restart moves the deadline
+        update_id = await self.report(task, update)
+        if self.id == "c2" and task.round == 2:
+            await self.report(task, [array * 2 for array in update])  # a second, different update
+        if self.id == "c3":
+            await self.send(task, update_id)  # the answer was lost on the way
+            if task.round == 2:
+                self.federation.later.append((self, task, update_id))
+
+    async def report(self, task: pb.TaskRequest, update: list[np.ndarray]) -> str:
+        self.count += 1
+        update_id = f"{self.id}-{self.count}"
+        data = codec.encode(update)
+        requests = [
+            pb.ModelRequest(id=update_id, data=data[:100], status=pb.IN_PROGRESS),
+            pb.ModelRequest(id=update_id, data=data[100:], status=pb.IN_PROGRESS),
+            pb.ModelRequest(id=update_id, status=pb.OK),
+        ]
+
+        async def stream() -> Any:
+            for request in requests:
+                yield request
+
+        done = await self.network.insist(lambda life: life.servicer.Upload(stream(), Context(self.id)))
+        assert done.status == pb.OK
+        await self.send(task, update_id)
+        return update_id
+
+    async def send(self, task: pb.TaskRequest, update_id: str) -> None:
+        meta = {"training_metadata": {"num_examples": 1 + self.index}, "config": task.data}
+        message = pb.ModelUpdate(model_id=task.model_id, model_update_id=update_id, meta=json.dumps(meta))
+        reply = await self.network.insist(lambda life: life.servicer.SendModelUpdate(message, Context(self.id)))
+        self.heard.append((task, update_id, reply.verdict))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a simulated session ended."""
+
+    record: SessionRecord
+    reports: dict[int, list[dict[str, Any]]]  # by round, of its first attempt
+    models: list[str]
+    blob: bytes
+
+    @property
+    def result(self) -> tuple[GlobalModel, list[str], bytes]:
+        return self.record.model, self.models, self.blob
+
+
+Faults = Callable[[SqliteStateStore, FileBlobStore, Spool], None]
+
+
+class Federation:
+    """Four clients, three rounds, one session; `deaths` says when each life of the server ends."""
+
+    def __init__(
+        self,
+        folder: Path,
+        deaths: Sequence[tuple[int, bool]],
+        *,
+        store: type[SqliteStateStore] = SqliteStateStore,
+        faults: Faults | None = None,
+        between_lives: Callable[[Path], None] | None = None,
+    ) -> None:
+        self.folder, self.deaths, self.make_store = folder, list(deaths), store
+        self.faults, self.between_lives = faults, between_lives
+        self.network, self.lives = Network(), 0
+        self.later: list[tuple[SimClient, pb.TaskRequest, str]] = []
+        self.clients = [SimClient(index, self.network, self) for index in range(4)]
+        self.unused = ThreadPoolExecutor(1)  # VirtualLoop runs everything at once
+        self.death = Death()
+        self.calls = 0
+
+    async def live(self, death: Death) -> None:
+        clock = asyncio.get_running_loop().time
+        store = self.make_store(self.folder / "state.db", self.unused)
+        close = store.close
+        models = FileBlobStore(self.folder / "models", self.unused)
+        updates = FileBlobStore(self.folder / "updates", self.unused)
+        spool = Spool(self.folder / "spool", self.unused, max_bytes=10**9)
+        (self.folder / "work").mkdir(exist_ok=True)
+        await store.open("a test")
+        try:
+            for opened in (models, updates, spool):
+                await opened.open()
+            death.wrap(store, STATE_CALLS)
+            death.wrap(models, BLOB_CALLS)
+            death.wrap(updates, BLOB_CALLS)
+            death.wrap(spool, SPOOL_CALLS)
+            if isinstance(store, OneByOne):
+                death.wrap(store, ["between"])
+            if self.faults:
+                self.faults(store, models, spool)
+            workshop = Workshop(models, spool, self.unused, self.folder / "work", 10**9)
+            scheduler = Scheduler(store, workshop, updates, clock, Patience())
+            async with scheduler.running():
+                limits = Limits(10**9, 8, 60.0, 30.0)
+                servicer = Servicer(
+                    scheduler, Intake(scheduler), Downloads(scheduler, self.unused, kept_bytes=10**6), limits
+                )
+                self.network.life, self.network.died = Life(scheduler, servicer), death.dead
+                await asyncio.Event().wait()
+        finally:
+            await close()  # the kernel lets go of a dead process's lock
+
+    async def process(self) -> None:
+        while True:
+            death = Death(*(self.deaths[self.lives] if self.lives < len(self.deaths) else ()))
+            self.death, self.lives = death, self.lives + 1
+            life, dead = asyncio.ensure_future(self.live(death)), asyncio.ensure_future(death.dead.wait())
+            try:
+                await asyncio.wait({life, dead}, return_when=asyncio.FIRST_COMPLETED)
+                if not death.dead.is_set():
+                    life.result()
+            finally:
+                self.network.life = None
+                for task in (life, dead):
+                    task.cancel()
+                await asyncio.gather(life, dead, return_exceptions=True)
+            if self.between_lives:
+                self.between_lives(self.folder)
+            await asyncio.sleep(RESTART_S)
+
+    async def record(self) -> SessionRecord | None:
+        document = await self.network.insist(lambda life: life.scheduler.store.get(Collection.SESSIONS, SESSION))
+        return records.session_record(document) if document else None
+
+    async def committed(self, number: int) -> None:
+        while (record := await self.record()) is None or record.model.round < number:
+            await asyncio.sleep(5)
+
+    async def user(self) -> SessionRecord:
+        await asyncio.sleep(15)
+        await self.network.insist(self.create)
+        while True:  # started only when all four are there, so that every life draws the same cohort
+            record = await self.record()
+            assert record is not None
+            if record.status is not Status.CREATED:
+                break
+            if await self.network.insist(attached) < 4:
+                await asyncio.sleep(2)
+                continue
+            reply, _ = await self.network.insist(lambda life: life.scheduler.start(SESSION))
+            if reply in (Outcome.DONE, Outcome.CONFLICT):
+                break
+        while (record := await self.record()) is None or record.status is Status.RUNNING:
+            await asyncio.sleep(5)
+        for client, task, update_id in self.later:  # an update of round 2 asked again after the session has ended
+            await client.send(task, update_id)
+        return record
+
+    async def create(self, life: Life) -> None:
+        seed = codec.encode([np.zeros(50), np.zeros((3, 2), np.float32)])
+        await life.scheduler.models.put("seed", seed)
+        model = records.model_document(GlobalModel(ModelId("seed")), name=None, session_id=None, at=0.0)
+        await life.scheduler.store.append(Collection.MODELS, [model])
+        config = SessionConfig(rounds=3, min_clients=2, round_timeout_s=30.0, validation_timeout_s=30.0)
+        with contextlib.suppress(Invalid):  # it exists: we asked before, and the answer was lost
+            await life.scheduler.create(config, name=None, model_id="seed", session_id=SESSION)
+
+    async def run(self) -> Ended:
+        background = [asyncio.ensure_future(self.process()), *(asyncio.ensure_future(c.run()) for c in self.clients)]
+        user = asyncio.ensure_future(self.user())
+        try:
+            done, _ = await asyncio.wait({user, *background}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            self.calls = self.death.calls
+            assert self.network.life is not None
+            return await self.outcome(self.network.life.scheduler, user.result())
+        finally:
+            for task in (user, *background):
+                task.cancel()
+            await asyncio.gather(user, *background, return_exceptions=True)
+
+    async def outcome(self, scheduler: Scheduler, record: SessionRecord) -> Ended:
+        store = scheduler.store
+        of_session = Query((Condition("session_id", "eq", SESSION),), sort=(("fl.round", False),))
+        models = [document["model"] for document in await store.find(Collection.MODELS, of_session)]
+        rounds = await store.find(Collection.ROUNDS, Query((Condition("fl.attempt", "eq", 1),)))
+        reports = {found["fl"]["number"]: await store.reports(found["round_id"]) for found in rounds}
+        return Ended(record, reports, models, (self.folder / "models" / record.model.id).read_bytes())
+
+
+async def attached(life: Life) -> int:
+    return len(life.scheduler.streams.attached())
+
+
+@contextlib.contextmanager
+def virtual_loop() -> Iterator[VirtualLoop]:
+    loop = VirtualLoop()
+    asyncio.set_event_loop(loop)
+    try:
+        yield loop
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def simulate(folder: Path, deaths: Sequence[tuple[int, bool]] = (), **options: Any) -> tuple[Federation, Ended]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with virtual_loop() as loop:
+
+        async def bounded() -> tuple[Federation, Ended]:
+            federation = Federation(folder, deaths, **options)
+            async with asyncio.timeout(36_000):
+                return federation, await federation.run()
+
+        return loop.run_until_complete(bounded())

@@ -1,0 +1,139 @@
+"""What every BlobStore promises, outcome by outcome. A new adapter is one more entry of PLACES."""
+
+from __future__ import annotations
+
+# ruff: noqa: ASYNC240 -- a test may wait for its files
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from pathlib import Path
+
+import pytest
+
+from fl_server.errors import Missing
+from fl_server.store.files import FileBlobStore
+from fl_server.store.ports import BlobStore
+
+KEY = "0b2e-model_1.npz"
+
+
+async def open_files(folder: Path, executor: Executor) -> BlobStore:
+    store = FileBlobStore(folder / "blobs", executor)
+    await store.open()
+    return store
+
+
+PLACES: dict[str, Callable[[Path, Executor], Awaitable[BlobStore]]] = {"files": open_files}
+
+
+@pytest.fixture(params=PLACES)
+async def store(request: pytest.FixtureRequest, tmp_path: Path, executor: Executor) -> BlobStore:
+    return await PLACES[request.param](tmp_path, executor)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    file = tmp_path / "a local file"
+    file.write_bytes(b"from a file")
+    return file
+
+
+async def keys(store: BlobStore) -> set[str]:
+    return {key for key, _ in await store.keys()}
+
+
+@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 10_000])
+async def test_a_blob_comes_back_byte_for_byte(store: BlobStore, data: bytes) -> None:
+    await store.put(KEY, data)
+    assert await store.get(KEY) == data
+    assert (await store.local(KEY)).read_bytes() == data
+    assert await store.size_bytes(KEY) == len(data)
+    assert await keys(store) == {KEY}
+
+
+async def test_put_twice_is_put_once(store: BlobStore) -> None:
+    await store.put(KEY, b"x")
+    await store.put(KEY, b"x")
+    assert await store.get(KEY) == b"x"
+    assert await keys(store) == {KEY}
+
+
+async def test_two_puts_at_once_leave_one_whole_blob(store: BlobStore) -> None:
+    data = bytes(1_000_000)
+    await asyncio.gather(*(store.put(KEY, data) for _ in range(5)))
+    assert await store.get(KEY) == data
+    assert await keys(store) == {KEY}
+
+
+async def test_a_missing_blob(store: BlobStore) -> None:
+    with pytest.raises(Missing, match=KEY):
+        await store.get(KEY)
+    with pytest.raises(Missing, match=KEY):
+        await store.local(KEY)
+    assert await store.size_bytes(KEY) is None
+    assert await store.keys() == []
+
+
+async def test_put_file_takes_the_file_away(store: BlobStore, file: Path) -> None:
+    await store.put_file(KEY, file)
+    assert await store.get(KEY) == b"from a file"
+    assert not file.exists()
+
+
+async def test_put_file_again_after_it_has_happened_is_success(store: BlobStore, file: Path) -> None:
+    await store.put_file(KEY, file)
+    await store.put_file(KEY, file)
+    assert await store.get(KEY) == b"from a file"
+
+
+async def test_put_file_again_while_file_and_blob_are_both_there_is_success(store: BlobStore, file: Path) -> None:
+    await store.put(KEY, b"from a file")
+    await store.put_file(KEY, file)
+    assert await store.get(KEY) == b"from a file"
+    assert not file.exists()
+
+
+async def test_put_file_with_neither_file_nor_blob_is_missing(store: BlobStore, tmp_path: Path) -> None:
+    with pytest.raises(Missing, match=KEY):
+        await store.put_file(KEY, tmp_path / "never was")
+    assert await store.keys() == []
+
+
+async def test_delete_passes_over_what_is_not_there(store: BlobStore) -> None:
+    for key in ("a", "b", "c"):
+        await store.put(key, b"x")
+    await store.delete(key for key in ("a", "never-was", "b"))
+    await store.delete(["a"])
+    assert await keys(store) == {"c"}
+
+
+async def test_a_blob_is_as_old_as_its_put_also_when_its_file_is_older(store: BlobStore, file: Path) -> None:
+    os.utime(file, (1, 1))
+    before = time.time() - 1  # the clocks of file systems are coarse
+    await store.put("put", b"x")
+    await store.put_file("put_file", file)
+    assert all(before <= at <= time.time() + 1 for _, at in await store.keys())
+
+
+@pytest.mark.parametrize(
+    "key", ["", ".", "..", ".hidden", "../x", "a/b", "/etc/passwd", "a\0", "a\n", "é", "a b", "a" * 201, "a" * 10_000]
+)
+async def test_a_key_that_is_not_ours_is_a_bug(store: BlobStore, file: Path, key: str) -> None:
+    with pytest.raises(AssertionError):
+        await store.put(key, b"x")
+    with pytest.raises(AssertionError):
+        await store.put_file(key, file)
+    with pytest.raises(AssertionError):
+        await store.get(key)
+    with pytest.raises(AssertionError):
+        await store.local(key)
+    with pytest.raises(AssertionError):
+        await store.delete([key])
+    assert file.exists()
+
+
+async def test_the_longest_key_is_stored(store: BlobStore) -> None:
+    await store.put("a" * 200, b"x")
+    assert await store.get("a" * 200) == b"x"
