@@ -192,10 +192,10 @@ class Client:
         while True:
             stream = self._link.attach(self._sender())
             try:
-                await stream.attached()
-                failures = 0
-                self._waits_for = ""
-                logger.info("attached to combiner %s as %s", self._link.at, self.client_id)
+                if await stream.attached():
+                    failures = 0
+                    self._waits_for = ""
+                    logger.info("attached to combiner %s as %s", self._link.at, self.client_id)
                 while True:
                     await self._take(await stream.task())
             except Unreachable as exc:
@@ -381,7 +381,7 @@ class Client:
             if data is None:
                 return _Failure(f"no model {task.model_id}")
             return await self._in_thread(lambda: _decoded(data, self._max_model_bytes))
-        except (CallRefused, BadModel) as exc:
+        except (CallRefused, BadModel, MemoryError) as exc:
             logger.error("model %s cannot be used: %s", task.model_id, exc)
             return _Failure(_one_line(f"model {task.model_id}: {exc}"))
 
@@ -396,12 +396,15 @@ class Client:
     async def _until_answered(self, call: Callable[[Link], Awaitable[T]]) -> T:
         """Again and again while the server is away: what a task has cost is not thrown away for that."""
         failures = 0
+        waits_for = ""
         while True:
             assert self._link is not None
             try:
                 return await call(self._link)
             except Unreachable as exc:
-                self._say_waiting(exc)
+                if str(exc) != waits_for:
+                    waits_for = str(exc)
+                    logger.info("a task waits for the server: %s", exc)
             await asyncio.sleep(self._backoff.wait_s(failures))
             failures += 1
 

@@ -60,7 +60,7 @@ class Assignment:
 
 
 async def ask_assignment(api_url: str, body: Mapping[str, str], token: str) -> Assignment:
-    """One POST of clients/add. Raises Unreachable while there is no place for us, ClientError if there never will be."""
+    """One POST of clients/add. Raises Unreachable where it is worth to ask again, ClientError where it is not."""
     url = f"{api_url.rstrip('/')}/api/v1/clients/add"
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
@@ -140,28 +140,30 @@ class TaskStream:
     def __init__(self, call: Any) -> None:
         self._call = call
 
-    async def attached(self) -> None:
-        """Returns when the server has answered: at once, or with the first task where it sends no metadata before."""
+    async def attached(self) -> bool:
+        """Whether the server took us: it answers at once, or with the first task where it sends no metadata before."""
         with _our_errors("TaskStream"):
             await self._call.initial_metadata()
-            if self._call.done():
-                await self.task()
+            return not self._call.done()
 
     async def task(self) -> pb.TaskRequest:
         try:
             with _our_errors("TaskStream"):
-                request = await self._call.read()
+                request = await self._read()
         except CallRefused as exc:
             raise Unreachable(str(exc)) from exc
-        except Unreachable as exc:
-            match exc.__cause__:
-                case grpc.aio.AioRpcError() as rpc if rpc.code() is grpc.StatusCode.ABORTED:
-                    if "attached again" in (rpc.details() or ""):
-                        raise ClientError(f"another process with this client id took over: {rpc.details()}") from exc
-            raise
         if isinstance(request, pb.TaskRequest):
             return request
         raise Unreachable("TaskStream: the server ended it")
+
+    async def _read(self) -> object:
+        try:
+            message: object = await self._call.read()
+        except grpc.aio.AioRpcError as exc:
+            if exc.code() is grpc.StatusCode.ABORTED and "attached again" in (exc.details() or ""):
+                raise ClientError(f"another process with this client id took over: {exc.details()}") from exc
+            raise
+        return message
 
     def close(self) -> None:
         self._call.cancel()

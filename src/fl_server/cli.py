@@ -86,14 +86,13 @@ def up(
     log.configure(settings.log_level)
 
     def ready(server: Server) -> None:
-        typer.echo(
-            f"flserve is ready: REST {server.api_url}, gRPC port {server.grpc_port}, data in {settings.data_dir}"
-        )
-        sys.stdout.flush()
         if ready_file:
             part = ready_file.with_suffix(".part")
             part.write_text(json.dumps({"api_url": server.api_url, "grpc_port": server.grpc_port}))
             part.replace(ready_file)
+        where = f"REST {server.api_url}, gRPC port {server.grpc_port}, data in {settings.data_dir}"
+        typer.echo(f"flserve is ready: {where}")
+        sys.stdout.flush()
 
     try:
         asyncio.run(run(settings, ready))

@@ -265,7 +265,7 @@ def cells(progress: DemoProgress, row: RoundRow, now_s: float) -> tuple[str, str
         f"{row.received}/{row.expected}",
         "-" if accuracy is None else f"{accuracy:.3f}",
         "-" if loss is None else f"{loss:.3f}",
-        f"{seconds:.1f}",
+        f"{seconds:.2f}",
         row.phase + attempt + (f": {row.reason}" if row.reason else ""),
     )
 
@@ -416,7 +416,7 @@ class _Demo:
 
     def _server_argv(self) -> list[str]:
         data_dir, ready_file = str(self.root / "server"), str(self.root / "ready.json")
-        ports = ["--api-port", "0", "--grpc-port", "0"]
+        ports = ["--api-port", "0", "--grpc-port", "0", "--advertise-host", "127.0.0.1"]
         return ["-m", "fl_server.cli", "up", "--data-dir", data_dir, *ports, "--ready-file", ready_file]
 
     async def _ready(self) -> str:

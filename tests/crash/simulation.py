@@ -243,7 +243,9 @@ class SimClient:
         async def fetch(life: Life) -> bytes:
             context = Context(self.id)
             await life.servicer.Download(pb.ModelRequest(id=model_id), context)
-            messages = [pb.ModelResponse.FromString(context.written.get_nowait()) for _ in range(context.written.qsize())]
+            messages = [
+                pb.ModelResponse.FromString(context.written.get_nowait()) for _ in range(context.written.qsize())
+            ]
             assert messages[-1].status == pb.OK
             return b"".join(message.data for message in messages)
 
@@ -386,7 +388,7 @@ class Federation:
 
     async def committed(self, number: int) -> None:
         while (record := await self.record()) is None or record.model.round < number:
-            await asyncio.sleep(5)
+            await asyncio.sleep(5)  # virtual time: a user who looks now and then
 
     async def user(self) -> SessionRecord:
         await asyncio.sleep(15)
@@ -424,7 +426,7 @@ class Federation:
             done, _ = await asyncio.wait({user, *background}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            self.calls = self.death.calls
+            self.calls, self.death.at = self.death.calls, None  # what we ask now is no call of the session's
             assert self.network.life is not None
             return await self.outcome(self.network.life.scheduler, user.result())
         finally:

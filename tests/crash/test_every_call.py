@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="module", params=STORES, ids=lambda store: store.__name__)
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
-    yield Undisturbed(request.param, tmp_path_factory.mktemp("calm"))
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(request.param, tmp_path_factory.mktemp("calm"))
 
 
 @pytest.mark.parametrize("step", [SAMPLE, ALL])
@@ -154,7 +154,7 @@ def test_an_accepted_update_whose_bytes_are_gone_after_a_restart_is_asked_for_ag
                     lost.append((running[1], running[0], report["task"][4], report["update"]["update_id"]))
             db.close()
 
-        federation, ended = simulate(tmp_path / str(k), [(k, False)], store=undisturbed.store, between_lives=lose)
+        _, ended = simulate(tmp_path / str(k), [(k, False)], store=undisturbed.store, between_lives=lose)
         assert ended.record.status is Status.FINISHED
         for phase, number, client, update_id in lost:
             mine = [report for report in ended.reports[number] if report["task"][4] == client]
@@ -170,8 +170,11 @@ def test_an_accepted_update_whose_bytes_are_gone_after_a_restart_is_asked_for_ag
 
 def _running_round(db: sqlite3.Connection) -> tuple[int, str, list[Any]] | None:
     """(number, phase, accepted reports by client) of the round that a restart will find running."""
-    sessions = [json.loads(row[0]) for row in db.execute("select document from \"control.sessions\"")]
-    rounds = [json.loads(row[0])["fl"] | {"id": json.loads(row[0])["round_id"]} for row in db.execute("select document from \"control.rounds\"")]
+    sessions = [json.loads(row[0]) for row in db.execute('select document from "control.sessions"')]
+    rounds = [
+        json.loads(row[0])["fl"] | {"id": json.loads(row[0])["round_id"]}
+        for row in db.execute('select document from "control.rounds"')
+    ]
     if not sessions or not rounds:
         return None
     newest = max(rounds, key=lambda found: (found["number"], found["attempt"]))

@@ -143,7 +143,7 @@ def test_without_a_terminal_each_round_is_one_line_printed_once() -> None:
             show(progress)
         show(progress)
     assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == "round  1/2  updates 2/2  validation accuracy 0.600  loss 0.400  4.5 s\n"
+    assert console.file.getvalue() == "round  1/2  updates 2/2  validation accuracy 0.600  loss 0.400  4.50 s\n"
 
 
 def test_the_table_shows_the_newest_rounds_as_they_stand() -> None:
@@ -154,7 +154,7 @@ def test_the_table_shows_the_newest_rounds_as_they_stand() -> None:
     assert isinstance(console.file, io.StringIO)
     table = console.file.getvalue()
     assert "0.500" in table and "completed" in table and "1/2 rounds" in table
-    assert "1/2" in table and "3.0" in table and "training (attempt 2): a [bold] retry" in table
+    assert "1/2" in table and "3.00" in table and "training (attempt 2): a [bold] retry" in table
     console.print(render(progress, 18.0, max_rows=1))
     assert console.file.getvalue()[len(table) :].count("completed") == 0
 

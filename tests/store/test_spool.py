@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-# ruff: noqa: ASYNC240 -- a test may wait for its files
 import asyncio
 import errno
 import os

@@ -90,8 +90,12 @@ async def test_damaged_pages_are_corrupt(path: Path, executor: Executor) -> None
     await store.open("the test")
     await store.append(Collection.STATUSES, [{"status_id": f"{n}", "data": "x" * 500} for n in range(100)])
     await store.close()
+    reader = sqlite3.connect(path)
+    (size,) = reader.execute("pragma page_size").fetchone()
+    (page,) = reader.execute("select rootpage from sqlite_schema where name = 'control.status'").fetchone()
+    reader.close()
     sound = path.read_bytes()
-    path.write_bytes(sound[: len(sound) * 3 // 4].ljust(len(sound), b"\xff"))
+    path.write_bytes(sound[: (page - 1) * size] + b"\xff" * size + sound[page * size :])
     await store.open("the test")
     with pytest.raises(Corrupt, match="malformed"):
         await store.find(Collection.STATUSES, Query())

@@ -131,6 +131,8 @@ class _Parts:
             if self.file_seen:
                 raise Invalid(f"{self.file_field}: given twice")
             self.file_seen = True
+        elif b"filename" in options:
+            raise Invalid(f"{self.file_field}: missing; a file came as {self._field[:100]!r}")
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._field == self.file_field:

@@ -31,6 +31,7 @@ from .schemas import (
     ActiveHelper,
     ChangeModel,
     Failure,
+    Gone,
     Message,
     ModelAdded,
     ModelForm,
@@ -99,8 +100,22 @@ def routes(
         answer = {"success": True, "message": "Model added successfully", "model_id": document["model"]}
         return JSONResponse(answer)
 
-    @router.api_route("/active", methods=["GET"], status_code=410, operation_id="get_active_model", deprecated=True)
-    @router.api_route("/active", methods=["PUT"], status_code=410, operation_id="set_active_model", deprecated=True)
+    @router.api_route(
+        "/active",
+        methods=["GET"],
+        response_model=Gone,
+        status_code=410,
+        operation_id="get_active_model",
+        deprecated=True,
+    )
+    @router.api_route(
+        "/active",
+        methods=["PUT"],
+        response_model=Gone,
+        status_code=410,
+        operation_id="set_active_model",
+        deprecated=True,
+    )
     async def active() -> Response:
         return JSONResponse({"error": "deprecated: a session names the model that it starts from"}, 410)
 

@@ -469,6 +469,10 @@ class Failure(BaseModel):
     incident: str | None = Field(None, description="500 only: the id under which the server logged what happened")
 
 
+class Gone(BaseModel):
+    error: str
+
+
 class Assignment(BaseModel):
     status: Literal["assigned"]
     host: str

@@ -107,5 +107,5 @@ def routes(scheduler: Scheduler) -> APIRouter:
 async def _helper(scheduler: Scheduler, wanted: SessionConfigBody) -> str:
     helper = wanted.helper_type or await answered(scheduler.active_helper()) or DEFAULT_HELPER
     if helper not in HELPERS:
-        raise Invalid(f"helper_type: {helper!r} is unknown; known are {', '.join(sorted(HELPERS))}")
+        raise Invalid(f"helper_type: {helper!r} is unknown; known: {', '.join(sorted(HELPERS))}")
     return helper

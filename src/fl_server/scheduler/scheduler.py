@@ -228,12 +228,12 @@ class Scheduler:
 
     async def validated(self, task: Task, metrics: Mapping[str, Any] | None) -> None:
         """A validation of this task is durable, or (None) its client could not do it."""
-        if owner := self._sessions.get(task.session):
-            await owner.inbox.put(ValidationReported(task))
-        if metrics is not None:
+        if metrics is not None:  # before the session can end with it
             self.feed.tell(
                 "validation", session_id=task.session, round=task.round, client_id=task.client, metrics=metrics
             )
+        if owner := self._sessions.get(task.session):
+            await owner.inbox.put(ValidationReported(task))
 
     async def verdict(self, task: Task, update_id: UpdateId) -> Reply:
         """What an update of a round that is over was told, or would have been."""

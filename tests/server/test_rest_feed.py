@@ -1,0 +1,90 @@
+"""Server-sent events, read as an ASGI server would send them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fl_server.rest import feed as rest_feed
+from fl_server.rest.feed import EventStream
+from fl_server.scheduler.feed import Feed
+
+PATIENCE_S = 10.0
+
+
+@dataclass
+class Reader:
+    sent: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def receive(self) -> dict[str, Any]:
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        await self.sent.put(dict(message))
+
+    async def text(self) -> str:
+        async with asyncio.timeout(PATIENCE_S):
+            return str((await self.sent.get())["body"].decode())
+
+
+@asynccontextmanager
+async def reading(feed: Feed, after: int | None = None) -> AsyncIterator[Reader]:
+    """Leaves when the stream has ended."""
+    reader = Reader()
+    async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+        stream = EventStream(feed, after)
+        tasks.create_task(stream({"type": "http"}, reader.receive, reader.send))
+        start = await reader.sent.get()
+        assert (b"content-type", b"text/event-stream; charset=utf-8") in start["headers"]
+        assert not any(name == b"content-length" for name, _ in start["headers"])
+        assert await reader.text() == ": hello\n\n"
+        yield reader
+
+
+def _feed() -> Feed:
+    return Feed(lambda: 1.5)
+
+
+async def test_an_event_is_told_with_its_number_kind_and_data() -> None:
+    feed = _feed()
+    async with reading(feed) as reader:
+        feed.tell("round", session_id="s", text="two\nlines")
+        number, kind, data = (await reader.text()).removesuffix("\n\n").split("\n")
+        assert (number, kind) == ("id: 1500", "event: round")
+        assert json.loads(data.removeprefix("data: ")) == {"session_id": "s", "text": "two\nlines", "at": 1.5}
+        reader.left.set()
+
+
+async def test_who_comes_again_with_the_last_number_misses_nothing() -> None:
+    feed = _feed()
+    for number in range(3):
+        feed.tell("round", number=number)
+    async with reading(feed, after=1500) as reader:
+        assert (await reader.text()).startswith("id: 1501\n")
+        assert (await reader.text()).startswith("id: 1502\n")
+        reader.left.set()
+
+
+async def test_the_stream_ends_when_the_server_stops() -> None:
+    feed = _feed()
+    async with reading(feed) as reader:
+        feed.tell("session", status="Finished")
+        feed.close()
+        assert (await reader.text()).startswith("id: 1500\n")
+    assert (await reader.sent.get()) == {"type": "http.response.body", "body": b""}
+
+
+async def test_a_silent_stream_is_kept_open_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest_feed, "PING_S", 0.001)
+    async with reading(_feed()) as reader:
+        assert await reader.text() == ": ping\n\n"
+        assert await reader.text() == ": ping\n\n"
+        reader.left.set()
