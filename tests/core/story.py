@@ -80,7 +80,9 @@ def aggregated(session: Session, at: float = 2.0) -> list[Effect]:
     record, count = running(session).record, running(session).accepted
     model_id = ModelId(f"m{record.number}")
     base = session.record.model.id
-    return step(session, Aggregated(GlobalModel(model_id, record.number, record.attempt, base, "", count, "moments")), at)
+    return step(
+        session, Aggregated(GlobalModel(model_id, record.number, record.attempt, base, "", count, "moments")), at
+    )
 
 
 def running(session: Session) -> Round:

@@ -41,8 +41,8 @@ configs = st.randoms(use_true_random=False).map(some_config)
 _choice = st.integers(0, 59)
 _happening = st.tuples(st.sampled_from(OPS), _choice, _choice)
 histories = st.lists(_happening, max_size=60)
-_slow = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-_slower = settings(_slow, max_examples=100)
+_slow = settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+_slower = settings(_slow, max_examples=300)
 
 
 @_slow

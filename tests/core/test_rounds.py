@@ -38,7 +38,7 @@ def test_a_deadline_with_too_few_updates_fails_the_attempt_then_the_session() ->
     session, _ = started()
     update(session, "c0")
     assert one(step(session, DeadlinePassed(), 180.0), SaveRound).record.reason == "1 of 2 updates, 0 rejected"
-    assert session.record.status is Status.RUNNING and session.record.reason == "1 of 2 updates, 0 rejected"
+    assert (session.record.status, session.record.reason) == (Status.RUNNING, "1 of 2 updates, 0 rejected")
     step(session, DeadlinePassed(), 185.0)
     assert running(session).record.attempt == 2 and running(session).record.phase is Phase.TRAINING
     step(session, DeadlinePassed(), 400.0)

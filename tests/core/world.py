@@ -46,13 +46,30 @@ from tests.core.ledger import ENDED, Ledger
 
 CLIENTS = [ClientId(f"c{i}") for i in range(5)]
 
-# What can happen, as often as it should.
-OPS = (
-    "attach detach everybody everybody everybody_leaves "
-    "update update update report_all report_all whole_round whole_round whole_round retry retry stray "
-    "time time early aggregation aggregation aggregation stale stale lose validation outage "
-    "stop start start broken kill kill_in_next_step kill_in_next_step"
-).split()
+_OFTEN = {
+    "attach": 1,
+    "detach": 1,
+    "everybody": 2,
+    "everybody_leaves": 1,
+    "update": 3,
+    "report_all": 2,
+    "whole_round": 3,
+    "retry": 2,
+    "stray": 1,
+    "time": 2,
+    "early": 1,
+    "aggregation": 3,
+    "stale": 2,
+    "lose": 1,
+    "validation": 1,
+    "outage": 1,
+    "stop": 1,
+    "start": 2,
+    "broken": 1,
+    "kill": 1,
+    "kill_in_next_step": 2,
+}
+OPS = [op for op, times in _OFTEN.items() for _ in range(times)]
 
 
 class World:
@@ -163,7 +180,9 @@ class World:
                 closed = {report.task.client for report in ledger.reports_of(ledger.begun) if not report.lost}
                 assert set(round.record.cohort) - closed, "8: all have reported, and it still waits"
             case Phase.AGGREGATING:
-                assert [job for job in ledger.running if job[:2] == ledger.begun], "8: AGGREGATING, and nobody aggregates"
+                assert [job for job in ledger.running if job[:2] == ledger.begun], (
+                    "8: AGGREGATING, and nobody aggregates"
+                )
             case Phase.SELECTING if ledger.now >= round.opens_at and not ledger.awaited:
                 here = set(filter(ledger.session.config.admits, ledger.streams))
                 assert len(here) < ledger.session.config.min_clients, "8: enough are here, and nothing begins"

@@ -159,6 +159,7 @@ async def test_health_is_text_and_readiness_says_why_not(tmp_path: Path) -> None
     async with serving(tmp_path) as api:
         health = await api.http.get("/health")
         assert (health.status_code, health.text) == (200, "OK")
+        assert (await api.http.head("/health")).status_code == 200
         assert (await api.http.get("/ready")).json() == {"ready": True, "reason": None}
         api.scheduler.stop_serving()
         stopping = await api.http.get("/ready")

@@ -6,8 +6,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,13 @@ async def open_files(folder: Path, executor: Executor) -> BlobStore:
 
 
 PLACES: dict[str, Callable[[Path, Executor], Awaitable[BlobStore]]] = {"files": open_files}
+
+
+@pytest.fixture
+def executor() -> Iterator[ThreadPoolExecutor]:
+    """Several threads, as the application's: calls may meet."""
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
 
 
 @pytest.fixture(params=PLACES)

@@ -287,42 +287,64 @@ async def test_abort_after_finish_does_nothing(spool: Spool) -> None:
 
 
 @pytest.fixture
-def half_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next flush writes a half of its bytes; then the disk is full, once."""
-    flush, full = Upload._flush, iter([True])
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """After this call the next flush writes a half of its bytes and fails; then there is space again."""
+    flush, full = Upload._flush, threading.Event()
 
     def half(upload: Upload) -> None:
-        if next(full, False):
-            whole, upload._buffer = upload._buffer, upload._buffer[: len(upload._buffer) // 2]
+        if not full.is_set():
             flush(upload)
-            upload._buffer = whole
-            raise OSError(errno.ENOSPC, "No space left on device")
+            return
+        full.clear()
+        whole, upload._buffer = upload._buffer, upload._buffer[: len(upload._buffer) // 2]
         flush(upload)
+        upload._buffer = whole
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Upload, "_flush", half)
+    return full.set
 
 
-@pytest.mark.parametrize("before_bytes", [0, 5])
+@pytest.mark.parametrize("before_bytes", [0, 5, 4 * MIB])
 async def test_a_write_that_failed_took_nothing_and_may_be_repeated(
-    spool: Spool, half_written: None, before_bytes: int
+    spool: Spool, fill_the_disk: Callable[[], None], before_bytes: int
 ) -> None:
     upload = await spool.begin("c", "u")
     await upload.write(b"a" * before_bytes)
+    fill_the_disk()
     with pytest.raises(Unavailable, match="No space left"):
-        await upload.write(b"b" * 3 * MIB)
+        await upload.write(b"b" * 5 * MIB)
     assert spool.used_bytes == upload.size_bytes == before_bytes
     await upload.write(b"c" * 3 * MIB)
     await upload.write(b"d")
     assert spool.path(await upload.finish()).read_bytes() == b"a" * before_bytes + b"c" * 3 * MIB + b"d"
 
 
-async def test_a_finish_that_failed_may_be_repeated(spool: Spool, half_written: None) -> None:
+@pytest.mark.parametrize("before_bytes", [0, 3 * MIB])
+async def test_a_finish_that_failed_may_be_repeated(
+    spool: Spool, fill_the_disk: Callable[[], None], before_bytes: int
+) -> None:
     upload = await spool.begin("c", "u")
-    await upload.write(b"abcd")
+    await upload.write(b"a" * before_bytes)
+    await upload.write(b"bcde")
+    fill_the_disk()
     with pytest.raises(Unavailable):
         await upload.finish()
     assert spool.find("c", "u") is None
-    assert spool.path(await upload.finish()).read_bytes() == b"abcd"
+    assert spool.path(await upload.finish()).read_bytes() == b"a" * before_bytes + b"bcde"
+
+
+async def test_abort_after_a_failed_finish_leaves_nothing(
+    spool: Spool, folder: Path, fill_the_disk: Callable[[], None]
+) -> None:
+    upload = await spool.begin("c", "u")
+    await upload.write(b"abcd")
+    fill_the_disk()
+    with pytest.raises(Unavailable):
+        await upload.finish()
+    await upload.abort()
+    assert spool.used_bytes == 0
+    assert files(folder) == []
 
 
 async def test_a_finish_whose_folder_was_not_synced_may_be_repeated(
@@ -346,16 +368,6 @@ async def test_a_finish_whose_folder_was_not_synced_may_be_repeated(
     name = await upload.finish()
     assert spool.find("c", "u") == name
     assert spool.used_bytes == spool.path(name).stat().st_size == 3 * MIB
-
-
-async def test_abort_after_a_failed_finish_leaves_nothing(spool: Spool, folder: Path, half_written: None) -> None:
-    upload = await spool.begin("c", "u")
-    await upload.write(b"abcd")
-    with pytest.raises(Unavailable):
-        await upload.finish()
-    await upload.abort()
-    assert spool.used_bytes == 0
-    assert files(folder) == []
 
 
 @pytest.mark.parametrize("cancelled_in", ["write", "finish"])

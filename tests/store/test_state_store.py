@@ -573,7 +573,7 @@ queries = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(documents, max_size=8), st.lists(queries, min_size=1, max_size=5))
 async def test_queries_answer_as_a_list_in_memory_would(
     store: StateStore, found: list[Document], asked: list[Query]

@@ -69,14 +69,16 @@ class FedOpt:
         count = len(model)
         assert len(mean) == count and len(state) in (0, 2 * count), f"{count} arrays, {len(state)} in the state"
         assert all(array.flags.c_contiguous for array in mean), "the result is written through flat views"
-        former_m = state[:count] or [np.zeros(array.shape) for array in mean]
-        former_v = state[count:] or [np.full(array.shape, self.tau**2) for array in mean]
-        first, second = [np.empty(array.shape) for array in mean], [np.empty(array.shape) for array in mean]
+        if state:
+            moments = [np.empty(array.shape) for array in (*mean, *mean)]
+        else:
+            moments = [np.full(array.shape, start) for start in (0.0, self.tau**2) for array in mean]
+            state = moments  # moved in place
         with np.errstate(over="raise", invalid="raise"):
-            for arrays in zip(model, mean, former_m, former_v, first, second, strict=True):
+            for arrays in zip(model, mean, state[:count], state[count:], moments[:count], moments[count:], strict=True):
                 for cut in blocks(*arrays):
                     self._move(*cut)
-        return mean, [*first, *second]
+        return mean, moments
 
     def _move(
         self,
@@ -87,7 +89,7 @@ class FedOpt:
         m: np.ndarray,
         v: np.ndarray,
     ) -> None:
-        """One block: writes m, v, and the new model over the mean."""
+        """One block: writes m, v (which may be the former ones), and the new model over the mean."""
         delta = np.subtract(mean, old)
         np.multiply(former_m, self.beta1, out=m)
         m += (1.0 - self.beta1) * delta

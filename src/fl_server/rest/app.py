@@ -63,7 +63,7 @@ def create_app(
     app.include_router(models.helper_routes(scheduler))
     app.include_router(sessions.routes(scheduler))
     app.include_router(feed.routes(scheduler.feed))
-    for router in records.every_entity(scheduler):
+    for router in records.every_entity(scheduler, disk):
         app.include_router(router)
     app.include_router(_standing(scheduler))
     app.add_exception_handler(FlserveError, _answer_ours)
@@ -78,11 +78,13 @@ def create_app(
 def _standing(scheduler: Scheduler) -> APIRouter:
     router = APIRouter(tags=["server"], route_class=BoundedRoute)
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", response_class=PlainTextResponse, operation_id="health")
     async def health() -> Response:
         """The process is alive."""
         return PlainTextResponse("OK")
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", response_model=Readiness, operation_id="ready", responses={503: {"model": Readiness}})
     async def ready() -> Response:
         """Whether it can take work, and if not, why."""

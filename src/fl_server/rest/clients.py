@@ -22,7 +22,7 @@ RETRY_STATUS = 203  # FEDn's clients come again 3 s after it
 
 
 def routes(scheduler: Scheduler, advertise: Callable[[], tuple[str, int]]) -> APIRouter:
-    """advertise: host and port at which clients reach the combiner."""
+    """advertise: host and port at which clients reach the combiner; no host: the one by which they called."""
     router = APIRouter(prefix="/api/v1/clients", tags=["clients"], route_class=BoundedRoute)
 
     @router.post(
@@ -55,7 +55,7 @@ def routes(scheduler: Scheduler, advertise: Callable[[], tuple[str, int]]) -> AP
         return JSONResponse(
             {
                 "status": "assigned",
-                "host": host,
+                "host": host or request.url.hostname,
                 "fqdn": None,  # a client dials fqdn:443 over TLS if there is one
                 "package": body.package,
                 "ip": ip,

@@ -49,7 +49,7 @@ def _kwargs(value: object) -> object:
     for read in (json.loads, ast.literal_eval):
         try:
             parsed = read(value or "null")
-            json.dumps(parsed, allow_nan=False)
+            json.dumps(parsed, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         return parsed
@@ -74,7 +74,7 @@ WireId = Annotated[str, Field(max_length=256), AfterValidator(_plain), AfterVali
 NewSessionId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
 Count = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_DURATION_S), AfterValidator(_as_sent)]
-SecondsOrNone = Annotated[float, Field(ge=0, le=LONGEST_DURATION_S), AfterValidator(_as_sent)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=LONGEST_DURATION_S), AfterValidator(_as_sent)]
 JsonObject = dict[str, Any]
 
 
@@ -112,9 +112,9 @@ class SessionConfigBody(Body):
     client_settings: JsonObject | None = Field(None, description="goes to the clients with each training task")
     validation_timeout: Seconds | None = Field(None, description="seconds; round_timeout if absent")
     selection_timeout: Seconds = Field(300, description="seconds a later round waits for clients_required clients")
-    rejoin_window: SecondsOrNone = Field(60, description="seconds that clients have to come back after a restart")
+    rejoin_window: SecondsOrZero = Field(60, description="seconds that clients have to come back after a restart")
     round_retries: Annotated[int, Field(ge=0, le=1000)] = 2
-    retry_wait: SecondsOrNone = Field(5, description="seconds between the tries of a round")
+    retry_wait: SecondsOrZero = Field(5, description="seconds between the tries of a round")
 
 
 class CreateSession(Body):
@@ -135,7 +135,7 @@ class StartSession(Body):
     rounds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     round_timeout: Seconds | None = None
     model_name_prefix: Text | None = None
-    wait_for_clients_s: SecondsOrNone = Field(0, description="wait this long for clients_required clients")
+    wait_for_clients_s: SecondsOrZero = Field(0, description="wait this long for clients_required clients")
 
     def chosen_clients(self) -> frozenset[ClientId] | None:
         ids = {ClientId(part.strip()) for part in (self.client_ids or "").split(",") if part.strip()}
@@ -171,7 +171,7 @@ def session_config(body: SessionConfigBody, helper: str) -> SessionConfig:
     return SessionConfig(
         rounds=DEFAULT_ROUNDS if body.rounds is None else body.rounds,
         min_clients=body.clients_required,
-        requested_clients=max(0, body.requested_clients or 0),
+        requested_clients=body.requested_clients or 0,
         buffer_size=body.buffer_size,
         validate=body.validate_,
         aggregator=body.aggregator,

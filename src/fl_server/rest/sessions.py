@@ -7,8 +7,9 @@ from fastapi.responses import JSONResponse
 
 from fl_client.wire.codec import HELPERS
 
-from ..core.model import Outcome
+from ..core.model import Outcome, Status
 from ..errors import Conflict, Invalid, RequestError
+from ..scheduler.records import WIRE_STATUS
 from ..scheduler.scheduler import Scheduler
 from ..store.ports import Collection
 from .bodies import BoundedRoute
@@ -71,13 +72,13 @@ def routes(scheduler: Scheduler) -> APIRouter:
     async def change(id: str, body: ChangeSession, *, lenient: bool) -> Response:
         document = await found(scheduler, SESSIONS, id)
         allowed = {"name", "status"}
-        if document["status"] == "Started" and "session_config" in body.model_fields_set:
+        if document["status"] == WIRE_STATUS[Status.RUNNING] and "session_config" in body.model_fields_set:
             allowed.add("session_config")  # to be refused below: not wrong, but not now
         wanted = changes(SESSIONS, document, body.model_dump(exclude_unset=True), allowed=allowed, lenient=lenient)
         if "session_config" in wanted:
             raise Conflict("session_config: the session is running")
         if "status" in wanted:
-            if wanted["status"] != "Terminated":
+            if wanted["status"] != WIRE_STATUS[Status.TERMINATED]:
                 raise Invalid("status: only Terminated can be set")
             outcome, reason = await answered(scheduler.stop(id))
             if outcome is not Outcome.DONE:
