@@ -276,9 +276,9 @@ def test_the_last_validation_holds_the_session_only_for_clients_that_are_there()
     assert (session.record.status, session.record.model.id) == (Status.RUNNING, "m1")
     step(session, ValidationReported(tasks[0]), 3.0)
     detach(session, "c1", 3.0)
-    assert session.record.status == Status.RUNNING
-    step(session, ValidationReported(tasks[2]), 4.0)
-    assert session.record.status == Status.FINISHED
+    assert session.validation and session.validation.open == {"c2"}
+    effects = step(session, ValidationReported(tasks[2]), 4.0)
+    assert one(effects, SaveSession).record.status is Status.FINISHED
 
 
 def test_the_last_validation_ends_at_its_deadline() -> None:

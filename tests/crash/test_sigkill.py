@@ -90,27 +90,33 @@ async def federation(folder: Path, shards: Path, seed: bytes, kills: Sequence[in
     """
     folder.mkdir()
     plan, killed = list(kills), 0
-    async with asyncio.timeout(WAIT_S), ServerProcess(folder / "data") as server, httpx.AsyncClient() as http:
-        async with clients(server.api_url, shards, folder) as running:
-            session_id = await start_session(server, http, seed)
-            ended = False
-            while not ended:
-                seen = 0
-                async for kind, data in events(server, http):
-                    seen += 1
-                    if plan and seen >= plan[0]:
-                        await server.kill()
-                        break
-                    ended = kind == "session" and data["status"] == "Finished"
-                    if ended:
-                        break
-                    assert kind != "session" or data["status"] == "Started", data
-                if not ended:
-                    plan.pop(0)
-                    killed += 1
-                    await server.start()
-            assert [process.returncode for process in running] == [None] * CLIENTS, "every client lives on"
-            return await final_model(server, http, session_id), killed
+    async with (
+        asyncio.timeout(WAIT_S),
+        ServerProcess(folder / "data") as server,
+        httpx.AsyncClient() as http,
+        clients(server.api_url, shards, folder) as running,
+    ):
+        session_id = await start_session(server, http, seed)
+        while not await ended(server, http, plan[0] if plan else None):
+            plan.pop(0)
+            killed += 1
+            await server.start()
+        assert [process.returncode for process in running] == [None] * CLIENTS, "every client lives on"
+        return await final_model(server, http, session_id), killed
+
+
+async def ended(server: ServerProcess, http: httpx.AsyncClient, kill_at: int | None) -> bool:
+    """Whether the session came to its end; False when the server was killed at that event of this life."""
+    seen = 0
+    async for kind, data in events(server, http):
+        seen += 1
+        if seen == kill_at:
+            await server.kill()
+            return False
+        if kind == "session" and data["status"] != "Started":
+            assert data["status"] == "Finished", data
+            return True
+    raise AssertionError(f"the server ended by itself:\n{server.tail()}")
 
 
 async def final_model(server: ServerProcess, http: httpx.AsyncClient, session_id: str) -> bytes:

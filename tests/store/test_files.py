@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# ruff: noqa: ASYNC240 -- a test may wait for its files
 import errno
 import os
 from collections.abc import Callable

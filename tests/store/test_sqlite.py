@@ -1,5 +1,4 @@
 """What is the SQLite adapter's alone: its file, its lock, its errors, its plans."""
-# ruff: noqa: ASYNC240 -- a test may wait for its files
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Condition:
 
     field: str
     op: Operator
-    value: str | int | float | bool | None | tuple[str | int | float | bool | None, ...]
+    value: str | int | float | bool | tuple[str | int | float | bool | None, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
