@@ -44,6 +44,7 @@ class Combiner(fl_pb2_grpc.CombinerServicer, fl_pb2_grpc.ModelServiceServicer):
         self.broken: dict[str, list[grpc.StatusCode]] = defaultdict(list)
         self.cut_downloads = 0
         self.upload_refusal = ""
+        self.hold_uploads: asyncio.Event | None = None  # set when an upload has come; it is never answered
         self.answer = pb.Response(verdict=pb.Verdict.VERDICT_ACCEPTED)
         self.port = 0
 
@@ -98,6 +99,9 @@ class Combiner(fl_pb2_grpc.CombinerServicer, fl_pb2_grpc.ModelServiceServicer):
 
     async def Upload(self, requests: AsyncIterator[pb.ModelRequest], context: Any) -> pb.ModelResponse:
         await self._break("Upload", context)
+        if self.hold_uploads is not None:
+            self.hold_uploads.set()
+            await asyncio.Event().wait()
         data = b""
         async for request in requests:
             data += request.data

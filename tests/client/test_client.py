@@ -517,6 +517,23 @@ async def test_a_combiner_that_moved_is_followed(combiner: Combiner) -> None:
             await other.attachment()
 
 
+async def test_an_upload_that_hangs_at_the_former_combiner_is_sent_to_the_new_one(combiner: Combiner) -> None:
+    other = Combiner()
+    combiner.models["m0"] = encode(MODEL)
+    rest = RestApi((200, {"host": "127.0.0.1", "port": combiner.port}))
+    async with running(rest), running(other):
+        client = Client(api_url=f"http://127.0.0.1:{rest.port}", train=train_one_more, client_id="a", backoff=FAST)
+        async with joined(client):
+            attachment = await combiner.attachment()
+            combiner.hold_uploads = asyncio.Event()
+            attachment.say(task("t1"))
+            await combiner.hold_uploads.wait()
+            rest.answers[-1] = (200, {"host": "127.0.0.1", "port": other.port})
+            combiner.broken["TaskStream"] = [grpc.StatusCode.UNAVAILABLE] * 10
+            attachment.say((grpc.StatusCode.UNAVAILABLE, "draining"))
+            assert (await other.report()).task_id == "t1"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

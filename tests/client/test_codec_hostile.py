@@ -56,13 +56,13 @@ DEFLATED = zipped(("0.npy", npy(np.arange(4000.0))), method=zipfile.ZIP_DEFLATED
 CENTRAL, END = b"PK\1\2", b"PK\5\6"
 
 
-def declared(size_bytes: int) -> bytes:
-    """DEFLATED, with another inflated size in its directory and, so that they agree, in its npy header."""
+def declared(size_bytes: int, after: bytes = b"") -> bytes:
+    """4000 zeros deflated, with this inflated size in directory and npy header; `after`: follows the deflate stream."""
     values = (size_bytes - 128) // 8
     head = npy(np.zeros(0))[:128].replace(b"(0,), }" + b" " * len(str(values)), f"({values},), }} ".encode())
     assert len(head) == 128
     raw = zlib.compressobj(wbits=-15)
-    packed = raw.compress(head + bytes(32_000)) + raw.flush()
+    packed = raw.compress(head + bytes(32_000)) + raw.flush() + after
     data = zipped(("0.npy", packed))
     data = patched(data, b"PK\3\4", 8, struct.pack("<H", 8))
     data = patched(data, CENTRAL, 10, struct.pack("<H", 8))
@@ -83,6 +83,15 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "trailing bytes": (GOOD + b"x", "cut off, or has bytes after its end"),
     "trailing zip": (GOOD + GOOD, "not where its end record says"),
     "leading bytes": (b"PK\3\4" + GOOD, "not where its end record says"),
+    "bytes before the first member": (
+        patched(
+            patched(b"PK\3\4" + GOOD, CENTRAL, 42, struct.pack("<L", 4)),
+            END,
+            16,
+            struct.pack("<L", GOOD.index(CENTRAL) + 4),
+        ),
+        "4 bytes before the zip's first member",
+    ),
     "a byte between the members": (
         patched(GOOD.replace(CENTRAL, b"?" + CENTRAL), END, 16, struct.pack("<L", GOOD.index(CENTRAL) + 1)),
         "1 bytes after member '0.npy' belong to nothing",
@@ -127,6 +136,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "too many dimensions": (one(shaped("1, " * 40)), "impossible shape"),
     "deflated to less than declared": (declared(40_000), "inflates to less"),
     "deflated to more than declared": (declared(8_000), "inflates to more"),
+    "bytes after the deflate stream": (declared(32_128, after=b"x"), "bytes after its end"),
     "declared beyond deflate's reach": (declared(900_000), "cannot inflate to"),
     "declared beyond the limit": (declared(3_000_000), "larger than the 1000000 bytes allowed"),
     "a bomb": (
