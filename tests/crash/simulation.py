@@ -154,6 +154,9 @@ class Context:
     def invocation_metadata(self) -> list[tuple[str, str]]:
         return [("client", self.client)]
 
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        assert self.invocation_metadata()
+
     def peer(self) -> str:
         return f"virtual:{self.client}"
 
@@ -190,7 +193,7 @@ class Network:
             if died.is_set() or not work.done():
                 raise Unavailable("connection lost")
             return work.result()
-        except (Killed, BaseExceptionGroup):
+        except (Killed, BaseExceptionGroup, TimeoutError):  # the last: UNAVAILABLE, by the guard in combiner/server.py
             raise Unavailable("connection lost") from None
         finally:
             for task in (work, dead):

@@ -3,6 +3,7 @@ accepted update counted once; every call answered with the verdict that it had. 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import sqlite3
@@ -110,6 +111,40 @@ def test_a_store_that_times_out_now_and_then_changes_nothing(
 
     federation, ended = simulate(tmp_path, store=undisturbed.store, faults=faults)
     undisturbed.check(federation, ended)
+
+
+@pytest.mark.parametrize("what", ["state", "models", "spool"])
+@pytest.mark.parametrize("step_s", [pytest.param(6, id="sample"), pytest.param(0.7, id="many", marks=pytest.mark.long)])
+def test_a_store_that_is_away_for_45_s_changes_nothing(
+    undisturbed: Undisturbed, step_s: float, what: str, tmp_path: Path
+) -> None:
+    """Longer than a round may take and longer than a call is held: deadlines move, clients come again."""
+    begins_s = 14.0
+    while begins_s < 40.0:
+
+        def faults(state: SqliteStateStore, models: FileBlobStore, spool: Spool, begins_s: float = begins_s) -> None:
+            loop = asyncio.get_running_loop()
+
+            def away(method: Callable[..., Any]) -> Any:
+                async def call(*args: Any) -> Any:
+                    if begins_s <= loop.time() - 1_000_000.0 < begins_s + 45.0:
+                        raise Unavailable("it is away")
+                    return await method(*args)
+
+                return call
+
+            stores: dict[str, tuple[Any, tuple[str, ...]]] = {
+                "state": (state, ("save", "append", "insert", "get", "find", "count", "reports")),
+                "models": (models, ("put_file", "local", "size_bytes")),
+                "spool": (spool, ("replace", "remove", "missing")),
+            }
+            thing, names = stores[what]
+            for name in names:
+                setattr(thing, name, away(getattr(thing, name)))
+
+        federation, ended = simulate(tmp_path / str(begins_s), store=undisturbed.store, faults=faults)
+        undisturbed.check(federation, ended)
+        begins_s += step_s
 
 
 def test_a_late_write_never_undoes_a_newer_one(undisturbed: Undisturbed, tmp_path: Path) -> None:
