@@ -9,14 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fl_client.api import APIClient, APIError, ServerEvent
     from fl_client.client import Client, TaskInfo, TrainResult
     from fl_client.transport import ClientError
 
-__all__ = ["Client", "ClientError", "TaskInfo", "TrainResult"]
+__all__ = ["APIClient", "APIError", "Client", "ClientError", "ServerEvent", "TaskInfo", "TrainResult"]
 
 _MODULES = {
+    "APIClient": "fl_client.api",
+    "APIError": "fl_client.api",
     "Client": "fl_client.client",
     "ClientError": "fl_client.transport",
+    "ServerEvent": "fl_client.api",
     "TaskInfo": "fl_client.client",
     "TrainResult": "fl_client.client",
 }

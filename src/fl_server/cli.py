@@ -1,6 +1,6 @@
-"""flserve: the server and what is asked of it in the terminal.
+"""flserve: the program. Here is what runs a server; what asks a running one is in commands.py.
 
-Exit codes: 0 done, 1 the server says no or something failed, 2 the command line is wrong, 130 interrupted.
+Our own modules are imported inside the functions that need them, here alone: a help text does not wait for FastAPI.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
+from fl_server import commands
+from fl_server.commands import EXIT_CODES, Exit, Format, fail
+
 app = typer.Typer(
     help="Federated-learning server: one model over data that does not leave its owner.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -40,11 +44,6 @@ def _flserve(
     ] = False,
 ) -> None:
     pass
-
-
-def _fail(why: object, code: int = 1) -> typer.Exit:
-    typer.echo(f"flserve: {why}", err=True)
-    return typer.Exit(code)
 
 
 def _option(help: str) -> Any:
@@ -82,7 +81,7 @@ def up(
     try:
         settings = Settings.load(config, given)
     except Invalid as wrong:
-        raise _fail(wrong, 2) from None
+        raise fail(wrong, Exit.USAGE) from None
     log.configure(settings.log_level)
 
     def ready(server: Server) -> None:
@@ -97,7 +96,7 @@ def up(
     try:
         asyncio.run(run(settings, ready))
     except FlserveError as why:
-        raise _fail(why) from None
+        raise fail(why) from None
     except BaseExceptionGroup as several:  # a TaskGroup's; one of its tasks says why
         ours, others = several.split(FlserveError)
         if ours is None or others is not None:
@@ -105,7 +104,7 @@ def up(
         first: BaseException = ours
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
-        raise _fail(first) from None
+        raise fail(first) from None
 
 
 @app.command()
@@ -130,7 +129,7 @@ def demo(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of FedAvg.")] = 10,
     clients: Annotated[int, typer.Option(min=1, max=20, help="Client processes.")] = 5,
     data_dir: Annotated[Path | None, typer.Option(help="Kept afterwards. [default: ./flserve-data/demo]")] = None,
-    format: Annotated[str, typer.Option(help="table, or json: one object as the last line.")] = "table",
+    format: Annotated[Format, typer.Option(help="table, or json: one object as the last line.")] = Format.TABLE,
 ) -> None:
     """Train on scikit-learn's digits with a server and clients of its own.
 
@@ -138,53 +137,14 @@ def demo(
     """
     from fl_server.demo import run_demo
 
-    if format not in ("table", "json"):
-        raise _fail(f"--format: {format!r}, table or json needed", 2)
-    shown: Any = format
-    code = asyncio.run(run_demo(data_dir=data_dir, rounds=rounds, clients=clients, output_format=shown))
+    code = asyncio.run(run_demo(data_dir=data_dir, rounds=rounds, clients=clients, output_format=format.value))
     raise typer.Exit(code)
 
 
-ApiUrl = Annotated[str, typer.Option("--api-url", envvar="FL_API_URL", help="The server's REST address.")]
-
-
-@app.command()
-def explain(
-    session: Annotated[str | None, typer.Argument(help="Session id. [default: the newest]")] = None,
-    api_url: ApiUrl = "http://127.0.0.1:8092",
-    format: Annotated[str, typer.Option(help="text or json.")] = "text",
-) -> None:
-    """Say why a session is where it is.
-
-    Example: flserve explain
-    """
-    if format not in ("text", "json"):
-        raise _fail(f"--format: {format!r}, text or json needed", 2)
-    if session is None:
-        newest = _get(api_url, "/api/v1/sessions/", {"X-Limit": "1"})["result"]
-        if not newest:
-            raise _fail("there is no session yet")
-        session = newest[0]["session_id"]
-    said = _get(api_url, f"/api/v1/sessions/{session}/explain")
-    typer.echo(json.dumps(said) if format == "json" else "\n".join(said["sentences"]))
-
-
-def _get(api_url: str, path: str, headers: dict[str, str] | None = None) -> Any:
-    import httpx
-
-    try:
-        reply = httpx.get(api_url.rstrip("/") + path, headers=headers, timeout=30)
-    except httpx.HTTPError as why:
-        raise _fail(f"no server at {api_url}: {why}") from None
-    except httpx.InvalidURL as why:
-        raise _fail(f"--api-url: {api_url}: {why}", 2) from None
-    try:
-        body = reply.json()
-    except ValueError:
-        raise _fail(f"what answers at {api_url} is no flserve (status {reply.status_code})") from None
-    if reply.is_error:
-        raise _fail(body.get("message", f"status {reply.status_code}") if isinstance(body, dict) else body)
-    return body
+app.command()(commands.explain)
+app.command()(commands.events)
+for group in commands.GROUPS.values():
+    app.add_typer(group)
 
 
 if __name__ == "__main__":

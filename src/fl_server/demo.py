@@ -11,25 +11,22 @@ import contextlib
 import fcntl
 import importlib.util
 import json
-import math
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import IO, Any, Literal
 
 import httpx
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
+
+from fl_client.api import EventParser, ServerEvent
+from fl_server.watch import Progress, Show, say, shown
 
 DEFAULT_FOLDER = Path("flserve-data/demo")
 MARKER = ".flserve-demo"
@@ -44,6 +41,7 @@ QUIET_LIMIT_S = 90.0  # longer than any one thing that a session waits for here
 STOP_TIMEOUT_S = 8.0
 LOG_TAIL_LINES = 15
 
+SHOWN_METRICS = ("accuracy", "loss")
 CLIENT_SETTINGS = {"seed": 7, "epochs": 8, "batch_size": 8, "learning_rate": 0.02, "momentum": 0.9, "noise": 0.6}
 
 
@@ -78,7 +76,7 @@ async def run_demo(
         with _cancelled_by_signals(received), _own_folder(data_dir or DEFAULT_FOLDER) as root:
             result = await _Demo(root, rounds, clients, console).run()
     except DemoFailed as exc:
-        _say(console, f"flserve demo: {exc}")
+        say(console, f"flserve demo: {exc}")
         return 1
     except asyncio.CancelledError:
         task = asyncio.current_task()
@@ -86,192 +84,12 @@ async def run_demo(
             raise
         for _ in received:
             task.uncancel()
-        _say(console, f"flserve demo: stopped by {received[0].name}")
+        say(console, f"flserve demo: stopped by {received[0].name}")
         return 128 + received[0]
     if output_format == "json":
         answer = {name: getattr(result, name) for name in DemoResult.__slots__}
         print(json.dumps(answer), flush=True)
     return 0
-
-
-# ---- what a session's events add up to
-
-
-@dataclass(slots=True)
-class RoundRow:
-    round: int
-    started_at_s: float
-    attempt: int = 1
-    phase: str = ""
-    received: int = 0
-    expected: int = 0
-    model_id: str | None = None
-    seconds: float | None = None  # set when it is completed; failed attempts count in
-    reason: str = ""
-
-
-@dataclass(slots=True)
-class DemoProgress:
-    """Folds the events of one session into rows, one a round. Pure: `at_s` is the caller's clock, any zero."""
-
-    session_id: str
-    rounds: int
-    rows: dict[int, RoundRow] = field(default_factory=dict)
-    status: str = ""
-    reason: str = ""
-    metrics: dict[int, dict[str, Mapping[str, Any]]] = field(default_factory=dict)  # of a round's model, by client id
-
-    def apply(self, kind: str, data: Mapping[str, Any], at_s: float) -> bool:
-        """False if the event is about something else."""
-        if data.get("session_id") != self.session_id:
-            return False
-        match kind:
-            case "session":
-                self.status = str(data["status"]).lower()
-                self.reason = data.get("reason") or ""
-            case "round":
-                self._round(data, at_s)
-            case "update":
-                if "received" in data:  # not for an update that comes when its round is over
-                    row = self._row(data["round"], at_s)
-                    row.received, row.expected = data["received"], data["expected"]
-            case "model":
-                row = self._row(data["round"], at_s)
-                row.phase, row.model_id, row.seconds = "completed", data["model_id"], at_s - row.started_at_s
-            case "validation":
-                self.metrics.setdefault(data["round"], {})[data["client_id"]] = data["metrics"]
-            case _:
-                return False
-        return True
-
-    def _round(self, data: Mapping[str, Any], at_s: float) -> None:
-        row = self._row(data["round"], at_s)
-        if data["attempt"] != row.attempt:
-            row.attempt, row.received = data["attempt"], 0
-        row.phase = str(data["phase"]).lower()
-        row.reason = data.get("reason") or ""
-        row.expected = data["cohort"] or row.expected
-
-    def _row(self, number: int, at_s: float) -> RoundRow:
-        return self.rows.setdefault(number, RoundRow(number, at_s))
-
-    @property
-    def ended(self) -> bool:
-        return self.status in ("finished", "failed", "terminated")
-
-    @property
-    def completed(self) -> int:
-        return sum(row.phase == "completed" for row in self.rows.values())
-
-    @property
-    def fraction(self) -> float:
-        """In [0, 1]; the running round counts by its updates."""
-        running = (row for row in self.rows.values() if row.phase != "completed" and row.expected)
-        return min(1.0, (self.completed + sum(row.received / row.expected for row in running)) / self.rounds)
-
-    def mean(self, row: RoundRow, metric: str) -> float | None:
-        """Of the round's model, over the clients that have validated it so far, each weighing the same."""
-        reports = self.metrics.get(row.round, {}).values()
-        values = [value for report in reports if (value := _finite(report.get(metric))) is not None]
-        return fmean(values) if values else None
-
-    def settled(self) -> list[RoundRow]:
-        """The rows that will not change: completed, and validated by all or by no one any more."""
-        done = sorted((row for row in self.rows.values() if row.phase == "completed"), key=lambda row: row.round)
-        return [row for row in done if self.ended or row is not done[-1] or self._validated(row)]
-
-    def _validated(self, row: RoundRow) -> bool:
-        return 0 < row.expected <= len(self.metrics.get(row.round, {}))
-
-
-def _finite(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-async def server_events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-    """(event, data) of a stream of server-sent events whose data are JSON objects; comments are skipped."""
-    kind, data, rest = "message", "", b""
-    async for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            text = line.rstrip(b"\r").decode()
-            if not text:
-                if data:
-                    yield kind, json.loads(data)
-                kind, data = "message", ""
-            name, _, value = text.partition(":")
-            if name == "event":
-                kind = value.removeprefix(" ")
-            elif name == "data":
-                data += value.removeprefix(" ")
-
-
-# ---- how it is shown
-
-
-@contextmanager
-def shown(console: Console) -> Iterator[Callable[[DemoProgress], None]]:
-    """Shows progress: a live table on a terminal, elsewhere a line for each round when it is settled."""
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
-            yield lambda progress: live.update(
-                render(progress, time.monotonic(), max_rows=max(3, console.height - 7)), refresh=True
-            )
-    else:
-        yield PlainRows(console).show
-
-
-@dataclass(slots=True)
-class PlainRows:
-    console: Console
-    printed: int = 0
-
-    def show(self, progress: DemoProgress) -> None:
-        settled = progress.settled()
-        for row in settled[self.printed :]:
-            number, updates, accuracy, loss, seconds, _ = cells(progress, row, row.started_at_s)
-            _say(
-                self.console,
-                f"round {number:>2}/{progress.rounds}  updates {updates}  "
-                f"validation accuracy {accuracy}  loss {loss}  {seconds} s",
-            )
-        self.printed = len(settled)
-
-
-def render(progress: DemoProgress, now_s: float, *, max_rows: int) -> RenderableType:
-    """The newest rounds and the overall progress; `now_s` on the clock of the events."""
-    table = Table(title="federated training: digits")
-    for column in ("round", "updates", "validation accuracy", "validation loss", "seconds"):
-        table.add_column(column, justify="right")
-    table.add_column("state", no_wrap=True)
-    newest = sorted(progress.rows.values(), key=lambda row: row.round)[-max_rows:]
-    for row in newest:
-        table.add_row(*(Text(cell) for cell in cells(progress, row, now_s)))
-    bar = Table.grid(padding=(0, 1))
-    bar.add_row(
-        ProgressBar(total=1.0, completed=progress.fraction, width=40),
-        Text(f"{progress.completed}/{progress.rounds} rounds" + ("" if progress.rows else ", waiting for clients")),
-    )
-    return Group(table, bar)
-
-
-def cells(progress: DemoProgress, row: RoundRow, now_s: float) -> tuple[str, str, str, str, str, str]:
-    """Round, updates, mean accuracy, mean loss, seconds, state: as they stand in the table."""
-    accuracy, loss = progress.mean(row, "accuracy"), progress.mean(row, "loss")
-    seconds = now_s - row.started_at_s if row.seconds is None else row.seconds
-    attempt = f" (attempt {row.attempt})" if row.attempt > 1 else ""
-    return (
-        str(row.round),
-        f"{row.received}/{row.expected}",
-        "-" if accuracy is None else f"{accuracy:.3f}",
-        "-" if loss is None else f"{loss:.3f}",
-        f"{seconds:.2f}",
-        row.phase + attempt + (f": {row.reason}" if row.reason else ""),
-    )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # ---- the processes
@@ -399,7 +217,7 @@ class _Demo:
         shards, seed, final = self.root / "shards", self.root / "seed.npz", self.root / "final-model.npz"
         server = await children.start("server", self._server_argv())
         tasks.create_task(watch(server), name="watch the server")
-        _say(self.console, f"starting a server and {self.clients} clients; files and logs in {self.root}")
+        say(self.console, f"starting a server and {self.clients} clients; files and logs in {self.root}")
         await children.run("data", [str(example / "data.py"), "--out", str(shards), "--clients", str(self.clients)])
         await children.run("seed", [str(example / "seed.py"), "--out", str(seed)])
         api_url = await self._ready()
@@ -445,9 +263,9 @@ class _Demo:
 
     async def _train(self, api: _Api, session_id: str) -> str:
         """The final model's id. The events are subscribed to before the session starts, so that none is missed."""
-        progress = DemoProgress(session_id, self.rounds)
+        progress = Progress(session_id, self.rounds)
         start = {"session_id": session_id, "rounds": self.rounds, "wait_for_clients_s": CLIENTS_TIMEOUT_S}
-        with shown(self.console) as show:
+        with shown(self.console, "federated training: digits", SHOWN_METRICS) as show:
             async with api.events() as events:
                 async with _deadline(CLIENTS_TIMEOUT_S + REQUEST_TIMEOUT_S, "the session's start"):
                     await api.ask("POST", "/api/v1/sessions/start", json=start)
@@ -460,9 +278,9 @@ class _Demo:
         return last.model_id
 
     def _conclude(self, result: DemoResult) -> None:
-        _say(self.console, f"test accuracy {result.test_accuracy:.3f} on digits that no client has seen")
-        _say(self.console, f"model {self.root / 'final-model.npz'} (id {result.model_id})")
-        _say(self.console, f"{result.rounds} rounds, {result.clients} clients, {result.seconds:.1f} s")
+        say(self.console, f"test accuracy {result.test_accuracy:.3f} on digits that no client has seen")
+        say(self.console, f"model {self.root / 'final-model.npz'} (id {result.model_id})")
+        say(self.console, f"{result.rounds} rounds, {result.clients} clients, {result.seconds:.1f} s")
 
 
 class _Done(Exception):
@@ -477,15 +295,13 @@ def _leaves(group: BaseExceptionGroup[DemoFailed]) -> Iterator[DemoFailed]:
             yield exc
 
 
-async def _follow(
-    events: AsyncIterator[tuple[str, dict[str, Any]]], progress: DemoProgress, show: Callable[[DemoProgress], None]
-) -> None:
+async def _follow(events: AsyncIterator[ServerEvent], progress: Progress, show: Show) -> None:
     loop = asyncio.get_running_loop()
     show(progress)
     try:
         async with asyncio.timeout(QUIET_LIMIT_S) as quiet:
-            async for kind, data in events:
-                if progress.apply(kind, data, time.monotonic()):
+            async for event in events:
+                if progress.apply(event.kind, event.data, time.monotonic()):
                     quiet.reschedule(loop.time() + QUIET_LIMIT_S)
                     show(progress)
                 if progress.ended:
@@ -506,12 +322,13 @@ class _Api:
         return reply
 
     @asynccontextmanager
-    async def events(self) -> AsyncIterator[AsyncIterator[tuple[str, dict[str, Any]]]]:
+    async def events(self) -> AsyncIterator[AsyncIterator[ServerEvent]]:
         timeout = httpx.Timeout(REQUEST_TIMEOUT_S, read=None)  # silence has its own limit, in _follow
         async with self.http.stream("GET", "/api/v1/events/", timeout=timeout) as feed:
             if not feed.is_success:
                 raise DemoFailed(f"GET /api/v1/events/: {feed.status_code}")
-            async with aclosing(server_events(feed.aiter_bytes())) as events:
+            parser = EventParser()
+            async with aclosing(event async for chunk in feed.aiter_bytes() for event in parser.feed(chunk)) as events:
                 yield events
 
 

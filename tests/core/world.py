@@ -135,8 +135,10 @@ class World:
                     ledger.awaited = set()
             case ClientAttached(client):
                 ledger.awaited.discard(client)
-            case StoreReturned(away_s) if ledger.validation_until is not None:
-                ledger.validation_until += away_s
+            case StoreReturned(away_s):
+                ledger.awaited_until += away_s
+                if ledger.validation_until is not None:
+                    ledger.validation_until += away_s
             case Recovered(expected) if ledger.session.status is Status.RUNNING:
                 ledger.awaited = set(filter(config.admits, expected))
                 ledger.awaited_until = ledger.now + config.rejoin_window_s

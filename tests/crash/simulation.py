@@ -1,8 +1,7 @@
 """A federation on a virtual clock: the real scheduler, stores and servicer, clients that behave as FEDn's, a process
 that can die at any of its durable calls.
 
-Time moves only when nobody has anything to do; if nobody ever will, that is an error and not a hang. Ports and sockets
-are left out: calls reach the servicer through a context of our own.
+Ports and sockets are left out: calls reach the servicer through a context of our own.
 """
 
 from __future__ import annotations
@@ -11,15 +10,13 @@ import asyncio
 import contextlib
 import inspect
 import json
-import selectors
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grpc
 import numpy as np
 
 from fl_client.wire import codec
@@ -36,6 +33,7 @@ from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import Collection, Condition, Query
 from fl_server.store.spool import Spool
 from fl_server.store.sqlite import SqliteStateStore
+from tests.virtual import Context, virtual_loop
 
 T = TypeVar("T")
 BACKOFF_S, RESTART_S, SESSION = 10.0, 3.0, "s"
@@ -43,34 +41,6 @@ STATE_CALLS = ("save", "insert", "append", "get", "find", "count", "reports")
 BLOB_CALLS = ("put", "put_file", "local", "get", "size_bytes", "delete")
 SPOOL_CALLS = ("begin", "missing", "remove", "replace", "path")
 UPLOAD_CALLS = ("write", "finish", "abort")
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-        super().__init__(selectors.DefaultSelector())
-        real = self._selector.select
-
-        def select(timeout: float | None = None) -> Any:
-            events = real(0)
-            if not events and timeout is None:
-                raise RuntimeError("nobody will ever do anything again")
-            if not events and timeout and timeout > 0:
-                self.now += timeout
-            return events
-
-        self._selector.select = select
-
-    def time(self) -> float:
-        return self.now
-
-    def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-        future = self.create_future()
-        try:
-            future.set_result(func(*args))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
 
 
 class Killed(BaseException):
@@ -138,33 +108,6 @@ class OneByOne(SqliteStateStore):
 
     def between(self) -> None:
         """A process may die here."""
-
-
-class Aborted(Exception):
-    """What the RPC ended with."""
-
-
-@dataclass
-class Context:
-    """Of one call, as grpc.aio would give it."""
-
-    client: str
-    written: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
-
-    def invocation_metadata(self) -> list[tuple[str, str]]:
-        return [("client", self.client)]
-
-    async def send_initial_metadata(self, metadata: Any) -> None:
-        assert self.invocation_metadata()
-
-    def peer(self) -> str:
-        return f"virtual:{self.client}"
-
-    async def write(self, message: Any) -> None:
-        await self.written.put(message)
-
-    async def abort(self, code: grpc.StatusCode, details: str) -> None:
-        raise (Unavailable if code is grpc.StatusCode.UNAVAILABLE else Aborted)(f"{code}: {details}")
 
 
 @dataclass
@@ -448,17 +391,6 @@ class Federation:
 
 async def attached(life: Life) -> int:
     return len(life.scheduler.streams.attached())
-
-
-@contextlib.contextmanager
-def virtual_loop() -> Iterator[VirtualLoop]:
-    loop = VirtualLoop()
-    asyncio.set_event_loop(loop)
-    try:
-        yield loop
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
 
 
 def simulate(folder: Path, deaths: Sequence[tuple[int, bool]] = (), **options: Any) -> tuple[Federation, Ended]:

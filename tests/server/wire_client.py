@@ -70,7 +70,7 @@ class WireClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        await self._channel.close()
+        await self._channel.close(None)
 
     def open(self, service: str, method: str, request: Any) -> Any:
         """The call object of any RPC. request: a message, or an iterator of them."""
@@ -151,11 +151,15 @@ class WireClient:
 # ---- in a federation
 
 
+def port(federation: Federation) -> int:
+    return federation.server.grpc_port
+
+
 @asynccontextmanager
 async def clients(federation: Federation, *ids: str) -> AsyncIterator[list[WireClient]]:
     """They are attached when it enters."""
     async with AsyncExitStack() as stack:
-        made = [await stack.enter_async_context(WireClient(federation.server.grpc_port, id)) for id in ids]
+        made = [await stack.enter_async_context(WireClient(port(federation), id)) for id in ids]
         for client in made:
             client.attach()
         for client in made:

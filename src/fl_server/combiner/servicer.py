@@ -56,12 +56,14 @@ class Servicer:
         if said and said != client:
             self._ids[said] = client
         try:
+            await context.send_initial_metadata(())  # says "attached" to a client that has no task yet
             await self._note_stream(client, name, "connecting to")
             while assignment := await mailbox.next():
                 await context.write(convert.task_request(assignment, scheduler.clock()))
         finally:
             await scheduler.detach(mailbox)
-        self._ids.pop(said, None)
+            if client not in scheduler.streams.attached():  # else a newer stream of the client is known by this name
+                self._ids.pop(said, None)
         match mailbox.ending:
             case Ending.REPLACED:
                 await context.abort(grpc.StatusCode.ABORTED, mailbox.detail)
@@ -152,7 +154,8 @@ class Servicer:
         """Answered OK once the bytes are durable and found; each call starts a new file."""
         limits, received_bytes = self._limits, 0
         upload: spooling.Upload | None = None
-        client = await self._sender(context, pb.Client())
+        async with asyncio.timeout(limits.store_patience_s):
+            client = await self._sender(context, pb.Client())
         async with self._upload_turns:
             try:
                 stream = aiter(requests)
@@ -202,13 +205,13 @@ class Servicer:
         return await self._scheduler.client_named(client) or client
 
     async def _task(self, client: ClientId, update: pb.ModelUpdate, echo: dict[str, Any]) -> Task | None:
-        """What the update answers: as it says, by what it echoes, or as the client's one open task of the model."""
+        """What the update answers: as it says, by what it echoes, or as the client's one task of the model."""
         if task := convert.named_task(update, echo):
             return task
         session_id, round_id = echo.get("session_id"), echo.get("round_id")
         if isinstance(session_id, str) and isinstance(round_id, str):
             return await self._scheduler.task_of_round(client, session_id, round_id)
-        return self._scheduler.open_task_of_model(client, update.model_id)
+        return await self._scheduler.task_of_model(client, update.model_id, update.model_update_id)
 
     async def _write(self, upload: spooling.Upload, data: bytes) -> None:
         async with asyncio.timeout(self._limits.store_patience_s):

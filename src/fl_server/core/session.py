@@ -383,13 +383,16 @@ def _recover(session: Session, event: Recovered, at: float) -> list[Effect]:
 
 
 def _postpone(session: Session, away_s: float) -> list[Effect]:
-    """Deadlines run from the issue of the task, not from the wish to issue it."""
+    """Deadlines run from the issue of the task, not from the wish to issue it; nobody could come back meanwhile."""
+    session.awaited_until += away_s
     if session.validation:
         session.validation.deadline += away_s
     round = session.round
-    if round is None or round.record.phase is not Phase.TRAINING:
+    if round is None:
         return []
-    return rounds.postpone(round, round.record.deadline + away_s)
+    round.opens_at += away_s
+    round.select_until += away_s
+    return rounds.postpone(round, round.record.deadline + away_s) if round.record.phase is Phase.TRAINING else []
 
 
 def _aggregating(session: Session, number: int, attempt: int, num_updates: int | None = None) -> bool:

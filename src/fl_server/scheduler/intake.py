@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ class Announced:
 class Intake:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler, self._work = scheduler, scheduler.workshop
+        self._checks = itertools.count()
         self._layouts: OrderedDict[ModelId, codec.Layout] = OrderedDict()
 
     async def receive(self, task: Task, announced: Announced) -> Reply:
@@ -65,7 +66,8 @@ class Intake:
     async def _check(self, blob: str, model: GlobalModel, announced: Announced) -> str | None:
         loop, spool = asyncio.get_running_loop(), self._work.spool
         layout = await self._layout(model)
-        stored = self._work.folder / f"{blob}.stored"
+        # a call sent again may be checked beside the first one: each writes a file of its own
+        stored = self._work.folder / f"{blob}.{next(self._checks)}.stored"
         fault = await loop.run_in_executor(self._work.kernel, self._fault, spool.path(blob), layout, announced, stored)
         if fault is None and await loop.run_in_executor(self._work.kernel, stored.exists):
             await spool.replace(blob, stored)
@@ -108,6 +110,6 @@ class Intake:
 def examples_fault(num_examples: Any) -> str | None:
     """num_examples is a finite number in (0, 2**53]; a bool or a text is none."""
     is_number = isinstance(num_examples, int | float) and not isinstance(num_examples, bool)
-    if not is_number or not math.isfinite(num_examples) or not 0 < num_examples <= MOST_EXAMPLES:
+    if not is_number or not 0 < num_examples <= MOST_EXAMPLES:  # so written, NaN and integers beyond float are none
         return f"num_examples: {num_examples!r:.100}, a finite number above 0 and at most 2**53 needed"
     return None

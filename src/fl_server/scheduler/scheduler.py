@@ -6,20 +6,22 @@ A session's state is its own task's; a store that is away is waited for here, in
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from fl_server.core.events import (
     Broken,
     ClientAttached,
     ClientDetached,
+    DeadlinePassed,
     Recovered,
     StartRequested,
     StopRequested,
@@ -42,6 +44,7 @@ from fl_server.core.model import (
     Verdict,
     verdict_of,
 )
+from fl_server.core.round import over
 from fl_server.core.session import Session
 from fl_server.errors import Invalid, NotFound, Unavailable
 from fl_server.scheduler import records
@@ -49,13 +52,12 @@ from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.calls import Calls, Reply
 from fl_server.scheduler.feed import Feed
 from fl_server.scheduler.journal import Journal
+from fl_server.scheduler.outage import Outages
 from fl_server.scheduler.session_task import RoundIds, SessionTask
 from fl_server.scheduler.streams import ClientStreams, Mailbox
 from fl_server.store.ports import BlobStore, Collection, Condition, Document, Patch, Put, Query, StateStore, Write
 
 logger = logging.getLogger(__name__)
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +84,13 @@ class Scheduler:
         self.store, self.workshop, self.updates, self.clock = store, workshop, updates, clock
         self.models = workshop.models
         self.streams, self.calls, self.feed = ClientStreams(), Calls(), Feed(clock)
-        self.journal = Journal(store, self.insist)
         self._patience = patience or Patience()
+        self.outages = Outages(clock, self._patience.store_retry_s)
+        self.insist = self.outages.insist
+        self.journal = Journal(store, self.insist)
         self._sessions: dict[SessionId, SessionTask] = {}
         self._tasks: asyncio.TaskGroup
         self._round_ids = itertools.count(1)
-        self._away: tuple[float, str] | None = None  # since when the store is away, and what it said
         self._not_running: str | None = "starting"
 
     # ---- life
@@ -97,7 +100,8 @@ class Scheduler:
         """Recovered when it enters. When it leaves its sessions are abandoned: recovery redoes what they did."""
         async with asyncio.TaskGroup() as self._tasks:
             journal = self._tasks.create_task(self.journal.run(), name="journal")
-            background = [self._tasks.create_task(work, name=name) for name, work in await self._recover()]
+            background = [self._tasks.create_task(self._watch_stores(), name="watch stores")]
+            background += [self._tasks.create_task(work, name=name) for name, work in await self._recover()]
             self._not_running = None
             try:
                 yield self
@@ -109,7 +113,7 @@ class Scheduler:
                     session.main.cancel()
                 self.calls.refuse_all(Unavailable("the server stops"))
                 await self.journal.finish()
-                if self._away:
+                if self.outages.away:
                     journal.cancel()
 
     def stop_serving(self) -> None:
@@ -139,10 +143,7 @@ class Scheduler:
 
     def unready(self) -> str | None:
         """Why not to send work here now; None when ready."""
-        if self._away:
-            since, why = self._away
-            return f"the store has been away for {self.clock() - since:.0f} s: {why}"
-        return self._not_running
+        return self.outages.reason() or self._not_running
 
     # ---- sessions
 
@@ -237,12 +238,12 @@ class Scheduler:
 
     async def verdict(self, task: Task, update_id: UpdateId) -> Reply:
         """What an update of a round that is over was told, or would have been."""
-        round_id = await self._round_id_of(task)
-        if round_id is None:
+        round = await self._round_of(task)
+        if round is None or task.client not in round["fl"]["record"]["cohort"]:
             return Verdict.NOT_SELECTED, "no such task was issued"
-        found = await self.insist(self.store.reports, round_id, task.client)
+        found = await self.insist(self.store.reports, round["round_id"], task.client)
         reports = [records.report_of(report) for report in found]
-        return verdict_of(reports, update_id) or (Verdict.LATE, f"round {task.round} is over")
+        return verdict_of(reports, update_id) or (Verdict.LATE, over(task))
 
     async def task_of_round(self, client: ClientId, session_id: str, round_id: str) -> Task | None:
         """The training task of a client in the round with this wire id."""
@@ -256,8 +257,15 @@ class Scheduler:
         fl = document["fl"]
         return Task(SessionId(session_id), fl["number"], fl["attempt"], TaskKind.TRAIN, client)
 
-    def open_task_of_model(self, client: ClientId, model_id: str) -> Task | None:
-        """The client's one open task that trains from this model."""
+    async def task_of_model(self, client: ClientId, model_id: str, update_id: str) -> Task | None:
+        """The training task that this update has closed, or else the client's one open task of this model.
+
+        For an update that names no task: asked again, it must find the one that it found before.
+        """
+        for round in await self._find(Collection.ROUNDS, Condition("round_config.model_id", "eq", model_id)):
+            for report in await self.insist(self.store.reports, round["round_id"], client):
+                if report["update"]["update_id"] == update_id:
+                    return records.report_of(report).task
         tasks = [
             task for owner in self._sessions.values() for task, model in owner.open_tasks(client) if model == model_id
         ]
@@ -272,8 +280,12 @@ class Scheduler:
         document = {**_new_client(client, name, at), **presence}
         await self.journal.record(Collection.CLIENTS, document, Patch(Collection.CLIENTS, client, presence))
         mailbox = self.streams.open(client, peer)
-        for session in list(self._sessions.values()):
-            await session.inbox.put(ClientAttached(client))
+        try:
+            for session in list(self._sessions.values()):
+                await session.inbox.put(ClientAttached(client))
+        except BaseException:  # the caller left while an inbox was full, and will not detach what it never had
+            await self.detach(mailbox)
+            raise
         self.feed.tell("client", client_id=client, status="online")
         return mailbox
 
@@ -358,21 +370,19 @@ class Scheduler:
 
     # ---- the store
 
-    async def insist(self, work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The outcome of something that may be done again, however long its store is away."""
-        while True:
-            try:
-                outcome = await work(*args, **kwargs)
-            except Unavailable as away:
-                if self._away is None:
-                    self._away = (self.clock(), str(away))
-                    logger.warning("store away", extra={"why": str(away)})
-                await asyncio.sleep(self._patience.store_retry_s)
-            else:
-                if self._away is not None:
-                    logger.warning("store back", extra={"away_s": round(self.clock() - self._away[0], 1)})
-                    self._away = None
-                return outcome
+    async def _watch_stores(self) -> None:
+        """Sessions that waited for a store hear that time goes on."""
+
+        def returned() -> None:
+            for task in self._sessions.values():
+                if not task.inbox.full():  # else it has enough to wake up for
+                    task.inbox.put_nowait(DeadlinePassed())
+
+        probes = (
+            functools.partial(self.store.get, Collection.SESSIONS, ""),
+            functools.partial(self.models.size_bytes, "probe"),
+        )
+        await self.outages.watch(probes, returned)
 
     async def write(self, writes: Sequence[Write]) -> None:
         await self.insist(self.store.save, writes)
@@ -416,7 +426,7 @@ class Scheduler:
     def new_round_id(self) -> str:
         return str(next(self._round_ids))
 
-    async def _round_id_of(self, task: Task) -> str | None:
+    async def _round_of(self, task: Task) -> Document | None:
         found = await self._find(
             Collection.ROUNDS,
             Condition("fl.session", "eq", task.session),
@@ -424,7 +434,7 @@ class Scheduler:
             Condition("fl.attempt", "eq", task.attempt),
             limit=1,
         )
-        return found[0]["round_id"] if found else None
+        return found[0] if found else None
 
     async def _find(
         self, collection: Collection, *where: Condition, sort: tuple[tuple[str, bool], ...] = (), limit: int = 0

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from fl_server import log
 from fl_server.core.events import (
@@ -38,18 +38,17 @@ from fl_server.core.model import ClientId, GlobalModel, ModelId, Status, Task, T
 from fl_server.core.session import Session, step
 from fl_server.errors import Unavailable
 from fl_server.scheduler import records
-from fl_server.scheduler.aggregation import Aggregation, Workshop
+from fl_server.scheduler.aggregation import Aggregation, Insist, Workshop
 from fl_server.scheduler.calls import Calls, Reply
 from fl_server.scheduler.feed import Feed
+from fl_server.scheduler.outage import Outages
 from fl_server.scheduler.streams import Assignment, ClientStreams
 from fl_server.store.ports import BlobStore, Write
 
 logger = logging.getLogger(__name__)
-P = ParamSpec("P")
-T = TypeVar("T")
 INBOX_SIZE = 1024  # full: submit waits, and so does the client
 BATCH_SIZE = 256
-OUTAGE_S = 1.0  # a save that waited longer moves the deadlines
+OUTAGE_S = 5.0  # a longer one moves the deadlines; the save of that may fail at first without an end to it
 
 
 class Surroundings(Protocol):
@@ -62,7 +61,9 @@ class Surroundings(Protocol):
     workshop: Workshop
     updates: BlobStore
 
-    async def insist(self, work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T: ...
+    outages: Outages
+    insist: Insist
+
     async def write(self, writes: Sequence[Write]) -> None: ...
     async def load(self, session_id: str) -> tuple[Session, records.SessionFacts, RoundIds]: ...
     async def verdict(self, task: Task, update_id: UpdateId) -> Reply: ...
@@ -81,7 +82,8 @@ class SessionTask:
         self.inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_SIZE)
         self._ended: asyncio.Queue[Discard] = asyncio.Queue()  # unbounded: one an attempt
         self._alarm: float | None = None
-        self._store_away_s = 0.0
+        self._waited_s = 0.0  # for the last save
+        self._outages_s = around.outages.past_s  # those that the session has heard of
         self._aggregation = Aggregation(
             session.record.id, lambda: self._session.record.config, around.workshop, around.insist, self.inbox.put
         )
@@ -144,31 +146,39 @@ class SessionTask:
             self._aggregation.stop()
 
     async def _next_events(self) -> list[Event]:
-        """All that is in the inbox; waits for the first, at most until the alarm."""
-        if self._store_away_s > OUTAGE_S:
-            away_s, self._store_away_s = self._store_away_s, 0.0
-            return [StoreReturned(away_s)]
-        try:
-            async with asyncio.timeout(None if self._alarm is None else max(0.0, self._alarm - self._around.clock())):
-                events = [await self.inbox.get()]
-        except TimeoutError:
-            return [DeadlinePassed()]
+        """All that is in the inbox; waits for the first, at most until the alarm.
+
+        No alarm rings while a store is away; first of all after that the session hears for how long it was.
+        """
+        outages = self._around.outages
+        events: list[Event] = []
+        if self._waited_s <= OUTAGE_S:
+            until_s = None
+            if self._alarm is not None and not outages.away:
+                until_s = max(0.0, self._alarm - self._around.clock())
+            try:
+                async with asyncio.timeout(until_s):
+                    events.append(await self.inbox.get())
+            except TimeoutError:
+                events.append(DeadlinePassed())
         while not self.inbox.empty() and len(events) < BATCH_SIZE:
             events.append(self.inbox.get_nowait())
-        return events
+        away_s = max(outages.past_s - self._outages_s, self._waited_s)
+        self._outages_s, self._waited_s = outages.past_s, 0.0
+        return [StoreReturned(away_s), *events] if away_s > OUTAGE_S else events
 
     async def _decide(self, events: list[Event]) -> list[Effect]:
         effects: list[Effect] = []
         for event in events:
             try:
-                more = step(self._session, event, self._around.clock())
+                more = step(self._session, event, self._around.outages.now())
             except Exception:  # a bug of ours: this session ends, the others go on
                 incident = uuid.uuid4().hex[:8]
                 logger.exception("session broken", extra={"incident": incident, "event": type(event).__name__})
                 await self._carry_out(effects)
                 session_id = self._session.record.id
                 self._session, self.facts, self._round_ids = await self._around.load(session_id)
-                effects = step(self._session, Broken(f"incident {incident}"), self._around.clock())
+                effects = step(self._session, Broken(f"incident {incident}"), self._around.outages.now())
                 if call := getattr(event, "call", None):
                     self._around.calls.refuse(call, Unavailable(f"incident {incident}"))
                 continue
@@ -178,10 +188,10 @@ class SessionTask:
 
     async def _carry_out(self, effects: list[Effect]) -> None:
         around = self._around
-        at = around.clock()
-        if writes := [write for effect in effects if isinstance(effect, Save) for write in self._writes(effect, at)]:
+        if writes := self._writes(effects, around.clock()):
+            began_at = around.outages.now()
             await around.write(writes)
-            self._store_away_s = around.clock() - at
+            self._waited_s = around.outages.now() - began_at
         for effect in effects:
             match effect:
                 case SaveSession() | SaveRound() | SaveReport() | SaveModel():
@@ -230,7 +240,10 @@ class SessionTask:
             self._round_ids = {**kept, (number, attempt): (self._around.new_round_id(), at)}
         return self._round_ids[number, attempt]
 
-    def _writes(self, save: Save, at: float) -> list[Write]:
+    def _writes(self, effects: Sequence[Effect], at: float) -> list[Write]:
+        return [write for effect in effects if isinstance(effect, Save) for write in self._documents(effect, at)]
+
+    def _documents(self, save: Save, at: float) -> list[Write]:
         config = self._session.record.config
         match save:
             case SaveSession(record):
