@@ -355,7 +355,10 @@ class APIClient:
             return created
         session = {"session_id": created["session_id"]}
         wanted = {**session, "rounds": rounds, "round_timeout": round_timeout, **start}
-        return self._object("POST", f"/api/v1/sessions/{route}", json=wanted) | session
+        try:
+            return self._object("POST", f"/api/v1/sessions/{route}", json=wanted) | session
+        except APIError as exc:
+            raise APIError(f"{exc} (session {session['session_id']} is created)", exc.status_code) from exc
 
     def continue_session(self, session_id: str, rounds: int = 5, round_timeout: float = 180) -> Object:
         """So many rounds more, for a session that has ended, however it did."""

@@ -150,14 +150,20 @@ LISTINGS: Mapping[str, Listing] = {
         "sessions",
         _columns("session_id", "name", "status", rounds="session_config.rounds", since="committed_at")
         | _columns(reason="status_reason"),
-        "Training jobs.",
+        "Training jobs: start, watch, stop.",
         "status=Started",
     ),
     "client": Listing(
-        "clients", _columns("client_id", "name", "status", "combiner", "last_seen"), "Clients.", "status=online"
+        "clients",
+        _columns("client_id", "name", "status", "combiner", "last_seen"),
+        "Clients, attached or not.",
+        "status=online",
     ),
     "model": Listing(
-        "models", _columns("model_id", "name", "session_id", "parent_model", "committed_at"), "Models.", "name=seed"
+        "models",
+        _columns("model_id", "name", "session_id", "parent_model", "committed_at"),
+        "Models: upload, download, trail.",
+        "name=seed",
     ),
     "round": Listing(
         "rounds",
@@ -169,7 +175,7 @@ LISTINGS: Mapping[str, Listing] = {
     "package": Listing(
         "packages",
         _columns("package_id", "name", "active", "helper", "file_name", "committed_at"),
-        "Compute packages.",
+        "Compute packages: upload, activate.",
         "active=true",
     ),
     "status": Listing(
@@ -184,12 +190,17 @@ LISTINGS: Mapping[str, Listing] = {
         "What clients measured on models.",
         "sender.name=hospital-a",
     ),
-    "combiner": Listing("combiners", _columns("combiner_id", "name", "address", "port"), "Combiners.", "name=combiner"),
+    "combiner": Listing(
+        "combiners",
+        _columns("combiner_id", "name", "address", "port"),
+        "What clients are attached to.",
+        "name=combiner",
+    ),
     "run": Listing(
         "runs",
         _columns("run_id", "session_id", "rounds", began_with="model_id", ended_with="completed_at_model_id")
         | _columns("completed_at"),
-        "Sessions' starts.",
+        "Starts of sessions.",
         "rounds__gt=5",
     ),
 }
@@ -241,7 +252,7 @@ def _get_command(listing: Listing) -> Callable[..., None]:
 
 GROUPS: Mapping[str, typer.Typer] = {noun: _group(noun, listing.about) for noun, listing in LISTINGS.items()}
 for _noun, _listing in LISTINGS.items():
-    _example = f"Example: flserve {_noun} list --filter {_listing.filter} --sort -committed_at"
+    _example = f"Example: flserve {_noun} list --limit 5 --filter {_listing.filter}"
     GROUPS[_noun].command("list", help=f"List {_listing.entity}, the newest first.\n\n{_example}")(
         _list_command(_listing)
     )
@@ -287,7 +298,7 @@ def start_session(
 ) -> None:
     """Create a session and start it. With --watch the exit code says whether it finished.
 
-    Example: flserve session start --rounds 10 --min-clients 2 --wait-for-clients 60 --watch
+    Example: flserve session start --rounds 10 --min-clients 2 --watch
     """
     kwargs = _json_object("--aggregator-kwargs", aggregator_kwargs)
     settings = _json_object("--client-settings", client_settings)

@@ -94,8 +94,7 @@ def test_what_was_packed_is_unpacked(
 ) -> None:
     long_name = "client/" + "d" * 90 + "/" + "f" * 90
     contents = {"client/train.py": b"print()\n" * 100_000, "client/empty": b"", long_name: b"x"}
-    if kind != "gz" or pack([("é", b"")]):
-        contents["client/data/é.bin"] = bytes(range(256))
+    contents["client/data/é.bin"] = bytes(range(256))
     path = tmp_path / "p"
     path.write_bytes(pack(list(contents.items())))
     assert format_of(path) == kind
@@ -185,7 +184,7 @@ BAD_TARS: list[tuple[str, list[Entry], str]] = [
     ("sparse", [SPARSE], "'s' is a sparse file"),
     ("contiguous", [member("a", tarfile.CONTTYPE)], "'a' is neither a file nor a folder"),
     ("unknown type", [member("a", b"Z")], "'a' is neither a file nor a folder"),
-    ("a folder with contents", [member("a", tarfile.DIRTYPE, size=TEN_GB)], "'a' has a size that makes no sense"),
+    ("a folder with contents", [member("a", tarfile.DIRTYPE, size=512)], "'a' has a size that makes no sense"),
     ("up", [("../x", b"x")], "'../x' leads out of the package"),
     ("up inside", [("client/../../x", b"x")], "leads out of the package"),
     ("up at the end", [member("client/..", tarfile.DIRTYPE)], "leads out of the package"),
@@ -194,7 +193,6 @@ BAD_TARS: list[tuple[str, list[Entry], str]] = [
     ("drive letter", [("C:x", b"x")], "backslash or a colon"),
     ("backslash", [("..\\x", b"x")], "backslash or a colon"),
     ("new line", [("a\nb", b"x")], "no name for a file"),
-    ("no text", [("a\udcffb", b"x")], "no name for a file"),
     ("empty", [member("")], "no name for a file"),
     ("a dot", [(".", b"x")], "no name for a file"),
     ("long part", [("f" * 300, b"x")], "too long for a name"),
@@ -216,11 +214,19 @@ BAD_TARS: list[tuple[str, list[Entry], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("entries", "said"), [case[1:] for case in BAD_TARS], ids=[case[0] for case in BAD_TARS])
-def test_a_tar_with_what_a_package_must_not_have_is_refused(entries: list[Entry], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "entries", "said"), BAD_TARS, ids=[case[0] for case in BAD_TARS])
+def test_a_tar_with_what_a_package_must_not_have_is_refused(
+    kind: str, entries: list[Entry], said: str, tmp_path: Path
+) -> None:
     assert said in refused(tar(*entries, format=tarfile.PAX_FORMAT), tmp_path)
-    if "pax" not in said:
+    if not kind.startswith("pax"):
         assert said in refused(tar(*entries, mode="w:bz2", format=tarfile.GNU_FORMAT), tmp_path)
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    for format in (tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        assert "no name for a file" in refused(tar(("a\udcffb", b"x"), format=format), tmp_path)
+    refused(tar(("a\udcffb", b"x"), format=tarfile.PAX_FORMAT), tmp_path)
 
 
 BAD_ZIPS: list[tuple[str, list[tuple[str | zipfile.ZipInfo, bytes]], str]] = [
@@ -248,7 +254,7 @@ def test_a_zip_with_what_a_package_must_not_have_is_refused(
 
 def test_a_name_that_ends_at_a_nul_is_refused(tmp_path: Path) -> None:
     assert "no name for a file" in refused(packed(("fedn.yaml#hidden", b"x")).replace(b"#", b"\0"), tmp_path)
-    long_name = "a" * 60 + "#" + "b" * 60
+    long_name = "a" * 110 + "#" + "b" * 60  # in a header of its own
     plain = tar((long_name, b"x"), mode="w:", format=tarfile.GNU_FORMAT)
     assert "no name for a file" in refused(gzip.compress(plain.replace(b"#", b"\0")), tmp_path)
 
@@ -331,13 +337,16 @@ def test_damage_anywhere_is_a_refusal_and_never_another_error(tmp_path: Path) ->
 # ---- bombs
 
 
-def _gzip_of_zeros(before: bytes, size_bytes: int) -> bytes:
-    """Without ever holding them: zeros deflate to the same bytes over and over."""
-    mebibyte = bytes(1 << 20)
+def _deflated_again(before: bytes, data: bytes, times: int) -> bytes:
+    """A gzip of `before` and so many times `data`, which deflates to the same bytes each time: nobody ever holds it."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-    head = deflate.compress(before + mebibyte) + deflate.flush(zlib.Z_FULL_FLUSH)
-    again = deflate.compress(mebibyte) + deflate.flush(zlib.Z_FULL_FLUSH)
-    return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + head + again * (size_bytes // len(mebibyte) - 1)
+    head = deflate.compress(before) + deflate.flush(zlib.Z_FULL_FLUSH)
+    again = deflate.compress(data) + deflate.flush(zlib.Z_FULL_FLUSH)
+    return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + head + again * times
+
+
+def _gzip_of_zeros(before: bytes, size_bytes: int) -> bytes:
+    return _deflated_again(before, bytes(1 << 20), size_bytes >> 20)
 
 
 def _declares(name: str, size_bytes: int) -> bytes:
@@ -388,8 +397,8 @@ def test_a_header_that_holds_a_name_without_end_is_refused_before_it_is_read(tmp
     for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE):
         header = member("x", kind, size=TEN_GB).tobuf(tarfile.GNU_FORMAT)
         assert refused(_gzip_of_zeros(header, TEN_GB), tmp_path) == "it has a header that is too long"
-    many = member("x", tarfile.XGLTYPE).tobuf(tarfile.USTAR_FORMAT) * 1_000_000
-    assert refused(gzip.compress(many, 1), tmp_path) == "it has a header that is too long"
+    many = member("x", tarfile.XGLTYPE).tobuf(tarfile.USTAR_FORMAT) * 2000
+    assert refused(_deflated_again(b"", many, 500), tmp_path) == "it has a header that is too long"
 
 
 @pytest.mark.parametrize("size", ["-1", "0"])
@@ -412,7 +421,7 @@ def test_a_comment_of_git_archive_is_no_harm(tmp_path: Path) -> None:
 
 def test_a_million_members_are_refused_at_the_limit(tmp_path: Path) -> None:
     header = member("x/" * 3, tarfile.DIRTYPE).tobuf(tarfile.USTAR_FORMAT)
-    million = gzip.compress(tar(mode="w:")[:1024] + header * 1_000_000, 1)
+    million = _deflated_again(tar(mode="w:")[:1024], header * 2000, 500)
     assert refused(million, tmp_path) == "it has more than 50 members"
 
 

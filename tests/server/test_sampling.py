@@ -38,29 +38,24 @@ async def test_requested_clients_limits_the_cohort_and_draws_differently_each_ro
 
 @on_virtual_time
 async def test_a_client_that_was_not_drawn_is_asked_nothing_and_its_update_is_not_selected(world: World) -> None:
-    everybody = await world.clients(*"abc")
+    clients = {client.id: client for client in await world.clients(*"abc")}
     session_id = await world.started(requested_clients=1)
     [[chosen]] = await cohorts(world, session_id)
-    by_id = {client.id: client for client in everybody}
-    task = await by_id.pop(chosen).task()
-    for client in by_id.values():
+    task = await clients[chosen].task()
+    for client in set(clients.values()) - {clients[chosen]}:
         assert client.tasks.empty()
         theirs = pb.TaskRequest(model_id=task.model_id, data=task.data.replace(f"train/{chosen}", f"train/{client.id}"))
         assert await client.train(theirs, 9) == "NOT_SELECTED"
-    everyone = {client.id: client for client in everybody}
-    assert await everyone[chosen].train(task, 3) == "ACCEPTED"
+    assert await clients[chosen].train(task, 3) == "ACCEPTED"
     assert await world.result(session_id) == 3
 
 
-@pytest.mark.parametrize("requested_clients", [0, 3, 100])
-def test_without_a_limit_below_their_number_everybody_is_asked(requested_clients: int, tmp_path: object) -> None:
-    @on_virtual_time
-    async def everybody_is_asked(world: World) -> None:
-        await world.clients(*"abc")
+@on_virtual_time
+async def test_without_a_limit_below_their_number_everybody_is_asked(world: World) -> None:
+    await world.clients(*"abc")
+    for requested_clients in (0, 3, 100):
         session_id = await world.started(requested_clients=requested_clients)
         assert await cohorts(world, session_id) == [["a", "b", "c"]]
-
-    everybody_is_asked(tmp_path)  # type: ignore[arg-type]
 
 
 @on_virtual_time

@@ -144,6 +144,9 @@ class StateStore(Protocol):
     async def delete(self, collection: Collection, id: str) -> bool:
         """False if there was none."""
 
+    async def delete_where(self, collection: Collection, where: tuple[Condition, ...], limit: int) -> int:
+        """Of those that match, `limit` at most, the first inserted first. How many went; fewer: there are no more."""
+
     async def reports(self, round_id: str, client: str | None = None) -> list[Document]:
         """Of one round, or of one client in it, by seq."""
 

@@ -180,6 +180,12 @@ class SqliteStateStore:
         sql = f'delete from "{collection}" where id = ?'
         return await self._run(lambda db: db.execute(sql, (id,)).rowcount == 1)
 
+    async def delete_where(self, collection: Collection, where: tuple[Condition, ...], limit: int) -> int:
+        filters = _Filters(collection)
+        found = f'select seq from "{collection}" where {filters.all(where)} order by seq limit {filters.bind(limit)}'
+        sql = f'delete from "{collection}" where seq in ({found})'
+        return await self._run(lambda db: db.execute(sql, filters.bound).rowcount)
+
     async def reports(self, round_id: str, client: str | None = None) -> list[Document]:
         sql = "select report from reports where round_id = ?"
         bound = [round_id] if client is None else [round_id, client]
