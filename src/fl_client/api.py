@@ -501,7 +501,8 @@ class APIClient:
         for batch in self._batches(0):
             own = [event for event in batch if event.data.get("session_id") == session_id]
             yield from own
-            if (not batch or any(event.kind == "session" for event in own)) and self._ended(session_id):
+            told = any(event.kind == "session" and event.data["status"] in ENDED for event in own)
+            if (told or not batch) and self._ended(session_id):
                 return
 
     def wait_for_session(self, session_id: str, timeout_s: float | None = None) -> Object:

@@ -18,6 +18,7 @@ from fl_server.core.events import (
     Event,
     Fold,
     IssueTask,
+    Reconfigured,
     SaveModel,
     SaveReport,
     SaveRound,
@@ -143,8 +144,12 @@ class Ledger:
     def _save_session(self, record: SessionRecord, event: Event) -> None:
         before = self.session
         assert record.version > before.version, "9: a save that the store would drop as an old one"
-        if before.status in ENDED:
+        if isinstance(event, Reconfigured):
+            kept = replace(record, config=before.config, version=before.version)
+            assert kept == before, "1: another configuration changes nothing else"
+        elif before.status in ENDED:
             assert isinstance(event, StartRequested), "1: an ended session stays ended"
+        assert before.status is not Status.RUNNING or record.config == before.config, "1: what runs keeps its config"
         if record.model.round > before.model.round:
             self._commit(record.model)
         else:

@@ -46,6 +46,13 @@ MUTANTS = [
         "                return []\n",
         "",
     ),
+    Mutant(
+        "1 a running session gets another configuration",
+        "session.py",
+        "def _reconfigure(session: Session, event: Reconfigured) -> list[Effect]:\n"
+        "    if session.record.status is Status.RUNNING:",
+        "def _reconfigure(session: Session, event: Reconfigured) -> list[Effect]:\n    if False:",
+    ),
     Mutant("2 a second update of a client counts", "model.py", "    return duplicate\n", "    return None\n"),
     Mutant(
         "2 recovery forgets one report",

@@ -14,6 +14,7 @@ from fl_server.core.events import (
     DeadlinePassed,
     Effect,
     IssueTask,
+    Reconfigured,
     Recovered,
     SaveModel,
     SaveRound,
@@ -32,6 +33,7 @@ from fl_server.core.model import (
     Phase,
     Report,
     RoundRecord,
+    SessionConfig,
     Status,
     TaskKind,
     UpdateId,
@@ -81,10 +83,29 @@ def issued(effects: list[Effect], kind: TaskKind) -> list[str]:
 
 def test_a_start_without_enough_clients_is_refused_or_waits_if_asked_to() -> None:
     session = created()
-    assert start(session, clients=1) == [Answer(CallId(0), Outcome.REFUSED, "1 of 2 clients attached")]
+    reason = "Number of available clients is lower than the required minimum of 2 (1 attached)"
+    assert start(session, clients=1) == [Answer(CallId(0), Outcome.REFUSED, reason)]
     assert session.record.status is Status.CREATED
     assert one(start(session, clients=1, wait_for_clients_s=30.0), WakeAt).at == 30.0
     assert kinds(attach(session, "c1", 3.0)) == ["SaveRound", "IssueTask", "IssueTask", "WakeAt"]
+
+
+def test_a_session_that_does_not_run_takes_another_configuration_and_keeps_its_model() -> None:
+    session = created()
+    wanted = SessionConfig(rounds=5, min_clients=3)
+    effects = step(session, Reconfigured(CallId(3), wanted), 1.0)
+    assert effects == [SaveSession(session.record), Answer(CallId(3), Outcome.DONE)]
+    assert (session.record.config, session.record.model.id, session.record.status) == (wanted, "seed", Status.CREATED)
+    start(session, clients=3)
+    assert session.record.last_round == 5
+
+
+def test_a_running_session_keeps_its_configuration() -> None:
+    session, _ = started()
+    record = session.record
+    effects = step(session, Reconfigured(CallId(3), SessionConfig(rounds=5)), 1.0)
+    assert effects == [Answer(CallId(3), Outcome.CONFLICT, "the session is running")]
+    assert session.record == record
 
 
 def test_a_start_while_it_runs_is_a_conflict() -> None:

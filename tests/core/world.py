@@ -6,6 +6,8 @@ World.do(op, a, b) lets one thing happen; a and b choose which, so that any list
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from fl_server.core.events import (
     Aggregated,
@@ -17,6 +19,7 @@ from fl_server.core.events import (
     EffectFailed,
     Event,
     IssueTask,
+    Reconfigured,
     Recovered,
     StartRequested,
     StopRequested,
@@ -65,6 +68,7 @@ _OFTEN = {
     "outage": 1,
     "stop": 1,
     "start": 2,
+    "reconfigure": 1,
     "broken": 1,
     "kill": 1,
     "kill_in_next_step": 2,
@@ -117,7 +121,7 @@ class World:
                 self.die_after = None
                 self.crash()
                 return
-        if before.status in ENDED and not isinstance(event, StartRequested):
+        if before.status in ENDED and not isinstance(event, StartRequested | Reconfigured):
             assert self.session.record == before, "1: an ended session stays ended"
         self._check_record_is_disk()
         self._check_something_will_come()
@@ -242,6 +246,7 @@ class World:
             "outage": self._outage,
             "stop": lambda a, b: self.happen(StopRequested(self.ledger.call())),
             "start": self._start,
+            "reconfigure": self._reconfigure,
             "broken": lambda a, b: self.happen(Broken("the model's blob is gone")) if b % 4 == 0 else None,
             "kill": lambda a, b: self.crash(),
             "kill_in_next_step": self._kill_in_next_step,
@@ -358,6 +363,15 @@ class World:
     def _start(self, a: int, b: int) -> None:
         attached, wait_s = tuple(sorted(self.ledger.streams)), 50.0 if b % 2 else 0.0
         self.happen(StartRequested(self.ledger.call(), attached, 1 + a % 3, None, wait_s, self.client_ids))
+
+    def _reconfigure(self, a: int, b: int) -> None:
+        wanted: dict[str, Any] = {
+            "rounds": 1 + a % 3,
+            "min_clients": 1 + b % 3,
+            "validate": a % 2 == 0,
+            "round_timeout_s": 5.0 + a,
+        }
+        self.happen(Reconfigured(self.ledger.call(), replace(self.ledger.session.config, **wanted)))
 
     def _kill_in_next_step(self, a: int, b: int) -> None:
         self.die_after = 1 + a % 4

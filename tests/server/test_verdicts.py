@@ -307,6 +307,10 @@ UNKNOWN = {
     "a validation": "{session}/1/1/validate/a",
     "an unknown session": "nowhere/1/1/train/a",
     "another client": "{session}/1/1/train/b",
+    "a number that no store can hold": "{session}/99999999999999999999/1/train/a",
+    "a number below all": "{session}/-99999999999999999999/1/train/a",
+    "a number below all, nowhere": "nowhere/-99999999999999999999/1/train/a",
+    "half a character": "\ud800/1/1/train/a",
 }
 
 
@@ -342,8 +346,9 @@ async def test_an_update_of_a_client_that_the_round_did_not_ask_is_not_selected_
 
 async def test_an_update_out_of_nowhere_is_not_selected() -> None:
     async with Federation() as federation, clients(federation, "a") as (client,):
-        for echo in ("", json.dumps({"session_id": "nowhere", "round_id": "1"}), json.dumps({"_task_id": "garbage"})):
-            nothing = pb.TaskRequest(model_id="none", data=echo)
+        echoes = [{}, {"session_id": "nowhere", "round_id": "1"}, {"session_id": "\ud800", "round_id": "\ud800"}]
+        for echo in (*echoes, {"_task_id": "garbage"}, {"_task_id": 5}):
+            nothing = pb.TaskRequest(model_id="none", data=json.dumps(echo))
             verdict = said(await client.train(nothing, 9, update_id="u1"), "u1", "a")
             assert verdict == ("not_selected", "no such task was issued to this client")
 

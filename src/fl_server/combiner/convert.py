@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +20,7 @@ from fl_server.store.ports import ID_FIELD, Collection, Document
 
 COMBINER = pb.Client(role=pb.COMBINER, name=records.COMBINER_NAME)
 KINDS = {TaskKind.TRAIN: pb.MODEL_UPDATE, TaskKind.VALIDATE: pb.MODEL_VALIDATION}
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 VERDICTS = {
     Verdict.ACCEPTED: pb.VERDICT_ACCEPTED,
     Verdict.DUPLICATE: pb.VERDICT_DUPLICATE,
@@ -132,8 +134,20 @@ def echoed_config(update: pb.ModelUpdate, meta: dict[str, Any]) -> dict[str, Any
 
 def named_task(update: pb.ModelUpdate, echo: dict[str, Any]) -> Task | None:
     """The task that the update names itself; None if it names none."""
-    task_id = update.task_id or echo.get("_task_id")
-    return Task.parse(task_id) if isinstance(task_id, str) else None
+    task_id = update.task_id or _text(echo, "_task_id")
+    return Task.parse(task_id) if task_id else None
+
+
+def named_round(echo: dict[str, Any]) -> tuple[str, str] | None:
+    """Ids of the session and the round that the update names; None if it names none."""
+    session_id, round_id = _text(echo, "session_id"), _text(echo, "round_id")
+    return (session_id, round_id) if session_id and round_id else None
+
+
+def _text(echo: dict[str, Any], key: str) -> str | None:
+    """JSON can spell half a character; such a text has no bytes, and was never ours."""
+    value = echo.get(key)
+    return value if isinstance(value, str) and not _HALF_CHARACTER.search(value) else None
 
 
 def validation_task(validation: pb.ModelValidation) -> Task | None:

@@ -15,6 +15,7 @@ from fl_client.wire import fl_pb2 as pb
 from fl_client.wire.chunks import CHUNK_BYTES
 from fl_server.errors import Missing
 from fl_server.scheduler.scheduler import Scheduler
+from fl_server.store.ports import Collection
 
 
 class _LoaderLeft(Exception):
@@ -47,7 +48,9 @@ class Downloads:
                 return await asyncio.shield(kept[0])
             except _LoaderLeft:
                 continue
-        size_bytes = await self._scheduler.insist(self._scheduler.models.size_bytes, model_id)
+        scheduler = self._scheduler
+        known = await scheduler.insist(scheduler.store.get, Collection.MODELS, model_id)  # it may be any text
+        size_bytes = await scheduler.insist(scheduler.models.size_bytes, model_id) if known else None
         if size_bytes is None:
             raise Missing(f"no model {model_id}")
         if size_bytes > self._kept_bytes:

@@ -208,9 +208,8 @@ class Servicer:
         """What the update answers: as it says, by what it echoes, or as the client's one task of the model."""
         if task := convert.named_task(update, echo):
             return task
-        session_id, round_id = echo.get("session_id"), echo.get("round_id")
-        if isinstance(session_id, str) and isinstance(round_id, str):
-            return await self._scheduler.task_of_round(client, session_id, round_id)
+        if named := convert.named_round(echo):
+            return await self._scheduler.task_of_round(client, *named)
         return await self._scheduler.task_of_model(client, update.model_id, update.model_update_id)
 
     async def _write(self, upload: spooling.Upload, data: bytes) -> None:

@@ -17,6 +17,7 @@ from fl_server.core.model import (
     Outcome,
     Report,
     RoundRecord,
+    SessionConfig,
     SessionRecord,
     Task,
     UpdateId,
@@ -42,6 +43,14 @@ class StartRequested:
 @dataclass(frozen=True, slots=True)
 class StopRequested:
     call: CallId
+
+
+@dataclass(frozen=True, slots=True)
+class Reconfigured:
+    """A session that does not run gets another configuration; its model and its rounds stay."""
+
+    call: CallId
+    config: SessionConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +139,7 @@ class EffectFailed:
 Event = (
     StartRequested
     | StopRequested
+    | Reconfigured
     | UpdateReceived
     | ClientAttached
     | ClientDetached

@@ -25,6 +25,7 @@ class InvalidConfig(ValueError):
     """The message begins with the field's name."""
 
 
+_NUMBERS = 2**32  # rounds and attempts are below: they travel as uint32
 LONGEST_DURATION_S = 1e9  # 30 years: a time of our days plus it is still exact to the microsecond
 
 
@@ -65,11 +66,13 @@ class Task(NamedTuple):
 
     @classmethod
     def parse(cls, task_id: str) -> Task | None:
+        """The task with this id; None if no task can have it."""
         try:
             session, number, attempt, kind, client = task_id.split("/", 4)
-            return cls(SessionId(session), int(number), int(attempt), TaskKind(kind), ClientId(client))
+            task = cls(SessionId(session), int(number), int(attempt), TaskKind(kind), ClientId(client))
         except ValueError:
             return None
+        return task if 0 < task.round < _NUMBERS and 0 < task.attempt < _NUMBERS else None
 
 
 class Verdict(StrEnum):

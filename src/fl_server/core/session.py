@@ -24,6 +24,7 @@ from fl_server.core.events import (
     EffectFailed,
     Event,
     IssueTask,
+    Reconfigured,
     Recovered,
     SaveModel,
     SaveSession,
@@ -121,6 +122,8 @@ def _handle(session: Session, event: Event, at: float) -> list[Effect]:
             return _start(session, event, at)
         case StopRequested(call):
             return _stop(session, call)
+        case Reconfigured():
+            return _reconfigure(session, event)
         case Recovered():
             return _recover(session, event, at)
         case StoreReturned(away_s):
@@ -205,7 +208,8 @@ def _start(session: Session, event: StartRequested, at: float) -> list[Effect]:
         return [Answer(event.call, Outcome.REFUSED, str(wrong))]
     here = [client for client in event.attached if config.admits(client)]
     if len(here) < config.min_clients and not event.wait_for_clients_s:
-        return [Answer(event.call, Outcome.REFUSED, f"{len(here)} of {config.min_clients} clients attached")]
+        needed = f"Number of available clients is lower than the required minimum of {config.min_clients}"
+        return [Answer(event.call, Outcome.REFUSED, f"{needed} ({len(here)} attached)")]
     session.attached = dict.fromkeys(here, at)
     session.last_seen.clear()
     session.awaited.clear()
@@ -224,6 +228,13 @@ def _stop(session: Session, call: CallId) -> list[Effect]:
             return [Answer(call, Outcome.DONE)]  # asked again: the first answer may have been lost
         case other:
             return [Answer(call, Outcome.CONFLICT, f"the session is {other}")]
+
+
+def _reconfigure(session: Session, event: Reconfigured) -> list[Effect]:
+    if session.record.status is Status.RUNNING:
+        return [Answer(event.call, Outcome.CONFLICT, "the session is running")]
+    _write(session, config=event.config)
+    return [SaveSession(session.record), Answer(event.call, Outcome.DONE)]
 
 
 def _receive(session: Session, event: UpdateReceived) -> list[Effect]:

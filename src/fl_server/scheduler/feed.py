@@ -49,7 +49,7 @@ class Feed:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         # numbers go on after a restart, so that "after" of a former life does not hide what is new
-        self._ids = itertools.count(int(clock() * 1000))
+        self._ids = itertools.count(int(clock() * 1_000_000))
         self._recent: deque[FeedEvent] = deque(maxlen=KEPT)
         self._watchers: list[Watcher] = []
         self._closed = False

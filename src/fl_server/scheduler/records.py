@@ -6,6 +6,7 @@ it. Nothing here decides anything.
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ WIRE_PHASE = {
     Phase.FAILED: "Failed",
 }
 COMBINER_NAME = "combiner"
+COMBINER_ID = str(uuid.uuid5(uuid.NAMESPACE_OID, COMBINER_NAME))
+_RUNS = uuid.UUID("0f4a5b7e-6f57-5a0a-9d0c-3b9f2c1d8e11")
 
 
 @dataclass(slots=True)
@@ -52,6 +55,7 @@ class SessionFacts:
     name: str | None
     seed_model_id: str
     committed_at: float  # seconds since the epoch, as every time in a document
+    run_id: str | None = None  # of the run under way: from a start to the end that follows it
 
 
 # ---- core to documents
@@ -68,9 +72,35 @@ def session_put(record: SessionRecord, facts: SessionFacts, at: float) -> Put:
         "seed_model_id": facts.seed_model_id,
         "committed_at": facts.committed_at,
         "updated_at": at,
-        "fl": {"version": record.version, "record": _session_dict(record)},
+        "fl": {"version": record.version, "record": _session_dict(record), "run": facts.run_id},
     }
     return Put(Collection.SESSIONS, document)
+
+
+def new_run_id(record: SessionRecord) -> str:
+    """Of the run that this record starts: made again it is the same."""
+    return str(uuid.uuid5(_RUNS, f"{record.id}/{record.version}"))
+
+
+def run_put(record: SessionRecord, run_id: str, at: float) -> Put:
+    document: Document = {
+        "run_id": run_id,
+        "session_id": record.id,
+        "model_id": record.model.id,
+        "completed_at_model_id": None,
+        "round_timeout": record.config.round_timeout_s,
+        "rounds": record.config.rounds,
+        "completed_at": None,
+        "committed_at": at,
+        "updated_at": at,
+        "fl": {"version": 1},
+    }
+    return Put(Collection.RUNS, document)
+
+
+def run_end(record: SessionRecord, run_id: str, at: float) -> Patch:
+    changes = {"completed_at": at, "completed_at_model_id": record.model.id, "updated_at": at}
+    return Patch(Collection.RUNS, run_id, changes)
 
 
 def round_put(
@@ -196,7 +226,9 @@ def session_record(document: Document) -> SessionRecord:
 
 
 def session_facts(document: Document) -> SessionFacts:
-    return SessionFacts(document["name"], document["seed_model_id"], document["committed_at"])
+    return SessionFacts(
+        document["name"], document["seed_model_id"], document["committed_at"], document["fl"].get("run")
+    )
 
 
 def round_record(document: Document) -> RoundRecord:

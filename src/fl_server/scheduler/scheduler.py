@@ -22,6 +22,7 @@ from fl_server.core.events import (
     ClientAttached,
     ClientDetached,
     DeadlinePassed,
+    Reconfigured,
     Recovered,
     StartRequested,
     StopRequested,
@@ -34,6 +35,7 @@ from fl_server.core.model import (
     GlobalModel,
     ModelId,
     ModelUpdate,
+    Outcome,
     SessionConfig,
     SessionId,
     SessionRecord,
@@ -46,7 +48,7 @@ from fl_server.core.model import (
 )
 from fl_server.core.round import over
 from fl_server.core.session import Session
-from fl_server.errors import Invalid, NotFound, Unavailable
+from fl_server.errors import Conflict, Invalid, NotFound, Unavailable
 from fl_server.scheduler import records
 from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.calls import Calls, Reply
@@ -58,6 +60,7 @@ from fl_server.scheduler.streams import ClientStreams, Mailbox
 from fl_server.store.ports import BlobStore, Collection, Condition, Document, Patch, Put, Query, StateStore, Write
 
 logger = logging.getLogger(__name__)
+SWEPT_AT_ONCE = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Patience:
     rejoin_window_s: float = 60.0  # a client that was here before a restart is called online until then
     upload_ttl_s: float = 3600.0  # an upload that no report names is litter after that
     litter_ttl_s: float = 3600.0  # so is a model's blob that no record names
+    telemetry_ttl_s: float = 86_400.0
     sweep_every_s: float = 600.0
 
 
@@ -132,6 +136,7 @@ class Scheduler:
             session_id = SessionId(document["session_id"])
             task = await self._load(session_id)
             model = records.session_record(document).model
+            await self._begin_run(document)
             if await self.insist(self.models.size_bytes, model.id) is None:
                 await task.inbox.put(
                     Broken(f"the global model {model.id} of round {model.round} is gone from the store")
@@ -139,7 +144,21 @@ class Scheduler:
             else:
                 await task.inbox.put(Recovered(expected, await task.lost()))
             logger.info("session recovered", extra={"session": session_id, "expected": len(expected)})
+        await self._end_runs()
         return [("forget absent", self._forget_absent(expected)), ("sweep", self._sweep())]
+
+    async def _begin_run(self, session: Document) -> None:
+        """Again: a crash between two writes may have left a session that runs without the document of its run."""
+        if (run_id := records.session_facts(session).run_id) is not None:
+            await self.write([records.run_put(records.session_record(session), run_id, session["updated_at"])])
+
+    async def _end_runs(self) -> None:
+        """Likewise of sessions that have ended."""
+        for run in await self._find(Collection.RUNS, Condition("completed_at", "eq", None)):
+            session = await self.insist(self.store.get, Collection.SESSIONS, run["session_id"])
+            if session and records.session_facts(session).run_id != run["run_id"]:
+                record = records.session_record(session)
+                await self.write([records.run_end(record, run["run_id"], session["updated_at"])])
 
     def unready(self) -> str | None:
         """Why not to send work here now; None when ready."""
@@ -176,6 +195,8 @@ class Scheduler:
     ) -> Reply:
         """Starts it, or continues one that has ended. Raises NotFound."""
         task = self._sessions.get(SessionId(session_id)) or await self._load(SessionId(session_id))
+        if not (task.running or await self._has_model(task.model)):
+            return Outcome.REFUSED, "Session seed model not found"
         # no await between reading who is attached and putting it in the inbox: later attaches come after it
         return await self.calls.wait(
             lambda call: task.inbox.put(
@@ -195,6 +216,16 @@ class Scheduler:
         """Raises NotFound."""
         task = self._sessions.get(SessionId(session_id)) or await self._load(SessionId(session_id))
         return await self.calls.wait(lambda call: task.inbox.put(StopRequested(call)))
+
+    async def configure(self, session_id: str, config: SessionConfig) -> Reply:
+        """Another configuration for a session that is not running. Raises NotFound."""
+        task = self._sessions.get(SessionId(session_id)) or await self._load(SessionId(session_id))
+        return await self.calls.wait(lambda call: task.inbox.put(Reconfigured(call, config)))
+
+    async def _has_model(self, model_id: ModelId) -> bool:
+        """Its record and its bytes."""
+        document = await self.insist(self.store.get, Collection.MODELS, model_id)
+        return document is not None and await self.insist(self.models.size_bytes, model_id) is not None
 
     async def rename(self, session_id: str, name: str | None) -> None:
         if task := self._sessions.get(SessionId(session_id)):
@@ -306,6 +337,12 @@ class Scheduler:
         document = {**_new_client(client, name, at), **changes}
         await self.journal.record(Collection.CLIENTS, document, Patch(Collection.CLIENTS, client, changes))
 
+    async def remove_client(self, client_id: str) -> bool:
+        """Forgets what is recorded of it, False if nothing is; one that is attached stays so, and is noted again."""
+        if removed := await self.insist(self.store.delete, Collection.CLIENTS, client_id):
+            self.feed.tell("client", client_id=client_id, status="removed")
+        return removed
+
     async def client_named(self, name: str) -> ClientId | None:
         """FEDn's SDK users may send a client's name where its id belongs."""
         query = Query((Condition("name", "eq", name),), limit=2)
@@ -341,23 +378,12 @@ class Scheduler:
         await self.write([Patch(collection, id, {**changes, "updated_at": self.clock()})])
         return await self.insist(self.store.get, collection, id)
 
-    async def active_helper(self) -> str | None:
-        document = await self.insist(self.store.get, Collection.PACKAGES, "active")
-        return document["helper"] if document else None
-
-    async def set_active_helper(self, helper: str) -> None:
-        at = self.clock()
-        document = {"package_id": "active", "key": "active", "helper": helper, "committed_at": at, "updated_at": at}
-        await self.insist(self.store.append, Collection.PACKAGES, [document])
-        await self.patch(Collection.PACKAGES, "active", {"helper": helper})
-
     async def announce_combiner(self, address: str, port: int) -> None:
         """This process's combiner, for those who list them."""
         at = self.clock()
         where = {"address": address, "port": port, "updated_at": at}
-        combiner_id = str(uuid.uuid5(uuid.NAMESPACE_OID, records.COMBINER_NAME))
         document: Document = {
-            "combiner_id": combiner_id,
+            "combiner_id": records.COMBINER_ID,
             "name": records.COMBINER_NAME,
             "fqdn": None,
             "ip": "",
@@ -366,7 +392,17 @@ class Scheduler:
             **where,
         }
         await self.insist(self.store.append, Collection.COMBINERS, [document])
-        await self.write([Patch(Collection.COMBINERS, combiner_id, where)])
+        await self.write([Patch(Collection.COMBINERS, records.COMBINER_ID, where)])
+
+    async def remove_combiner(self, combiner_id: str) -> bool:
+        """False if there is none. Raises Conflict for the one that runs here."""
+        if combiner_id == records.COMBINER_ID:
+            raise Conflict(f"combiner {records.COMBINER_NAME} runs in this server")
+        return await self.insist(self.store.delete, Collection.COMBINERS, combiner_id)
+
+    async def add_record(self, collection: Collection, document: Document) -> None:
+        """A client's record that came over REST; durable when this returns."""
+        await self.journal.record(collection, document)
 
     # ---- the store
 
@@ -454,8 +490,18 @@ class Scheduler:
             await self.insist(spool.remove, old)
             litter = await self._litter()
             await self.insist(self.models.delete, litter)
-            if old or litter:
-                logger.info("swept", extra={"uploads": len(old), "blobs": len(litter)})
+            stale = await self._forget_telemetry()
+            if old or litter or stale:
+                logger.info("swept", extra={"uploads": len(old), "blobs": len(litter), "telemetry": stale})
+
+    async def _forget_telemetry(self) -> int:
+        """In pieces, between which others reach the store."""
+        where = (Condition("committed_at", "lt", self.clock() - self._patience.telemetry_ttl_s),)
+        gone, last = 0, SWEPT_AT_ONCE
+        while last == SWEPT_AT_ONCE:
+            last = await self.insist(self.store.delete_where, Collection.TELEMETRY, where, SWEPT_AT_ONCE)
+            gone += last
+        return gone
 
     async def _litter(self) -> list[str]:
         oldest = self.clock() - self._patience.litter_ttl_s

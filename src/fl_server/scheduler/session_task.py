@@ -34,7 +34,7 @@ from fl_server.core.events import (
     WakeAt,
 )
 from fl_server.core.explain import explain
-from fl_server.core.model import ClientId, GlobalModel, ModelId, Status, Task, TaskKind, UpdateId
+from fl_server.core.model import ClientId, GlobalModel, ModelId, SessionRecord, Status, Task, TaskKind, UpdateId
 from fl_server.core.session import Session, step
 from fl_server.errors import Unavailable
 from fl_server.scheduler import records
@@ -94,6 +94,11 @@ class SessionTask:
     @property
     def running(self) -> bool:
         return self._session.record.status is Status.RUNNING
+
+    @property
+    def model(self) -> ModelId:
+        """From which the next round trains."""
+        return self._session.record.model.id
 
     def explain(self) -> list[str]:
         return explain(self._session, self._around.clock())
@@ -247,7 +252,8 @@ class SessionTask:
         config = self._session.record.config
         match save:
             case SaveSession(record):
-                return [records.session_put(record, self.facts, at)]
+                run = self._run_writes(record, at)
+                return [records.session_put(record, self.facts, at), *run]
             case SaveRound(record):
                 round_id, began_at = self._round_id(record.number, record.attempt, at)
                 return [records.round_put(record, round_id, config, self._base_of(record.number), began_at, at)]
@@ -257,6 +263,17 @@ class SessionTask:
             case SaveModel(record):
                 round_id, _ = self._round_ids[record.model.round, record.model.attempt]
                 return [*records.model_writes(record, round_id, at)]
+
+    def _run_writes(self, record: SessionRecord, at: float) -> list[Write]:
+        """A run begins with the record that starts the session, and ends with the one that ends it."""
+        facts = self.facts
+        if record.status is Status.RUNNING and facts.run_id is None:
+            facts.run_id = records.new_run_id(record)
+            return [records.run_put(record, facts.run_id, at)]
+        if record.status is not Status.RUNNING and facts.run_id is not None:
+            ended, facts.run_id = facts.run_id, None
+            return [records.run_end(record, ended, at)]
+        return []
 
     def _base_of(self, number: int) -> ModelId:
         model = self._session.record.model
