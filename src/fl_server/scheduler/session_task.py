@@ -240,8 +240,9 @@ class SessionTask:
     def _round_id(self, number: int, attempt: int, at: float) -> tuple[str, float]:
         """Given when the attempt is first saved, and kept: it is what FEDn's users call the round."""
         if (number, attempt) not in self._round_ids:
-            committed = self._session.record.model.round  # its round is still named by validation tasks
-            kept = {key: named for key, named in self._round_ids.items() if key[0] >= committed}
+            # validation tasks name the committed round; this batch of events may still name the one before
+            oldest = self._session.record.model.round - 1
+            kept = {key: named for key, named in self._round_ids.items() if key[0] >= oldest}
             self._round_ids = {**kept, (number, attempt): (self._around.new_round_id(), at)}
         return self._round_ids[number, attempt]
 

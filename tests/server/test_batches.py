@@ -1,0 +1,40 @@
+"""Events that a session finds in its inbox together: their saves are one write, and nothing is mixed up by that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fl_client.wire import fl_pb2 as pb
+from fl_server.core.events import Aggregated, ClientAttached, Event
+from fl_server.core.model import ClientId, SessionId
+from tests.server.virtual_world import World, on_virtual_time
+
+
+@on_virtual_time
+async def test_who_attaches_together_with_a_commit_gets_the_former_models_validation_and_the_new_round(
+    world: World,
+) -> None:
+    [a] = await world.clients("a")
+    session = await world.started(rounds=3, validate=True)
+    first = await a.task()
+    assert await a.train(first, 1.0) == "ACCEPTED"
+    [b] = await world.clients("b")
+    owner: Any = world.scheduler._sessions[SessionId(session)]
+    tell = owner._aggregation._tell
+
+    async def together(event: Event) -> None:
+        if isinstance(event, Aggregated) and event.model.round == 2:
+            owner.inbox.put_nowait(ClientAttached(ClientId("b")))
+        await tell(event)
+
+    owner._aggregation._tell = together
+    a_tasks = [await a.task(), await a.task()]
+    assert [task.type for task in a_tasks] == [pb.MODEL_VALIDATION, pb.MODEL_UPDATE]
+    assert await a.train(a_tasks[1], 2.0) == "ACCEPTED"
+    heard = [await b.task() for _ in range(4)]
+    assert [(task.type, task.round) for task in heard] == [
+        (pb.MODEL_VALIDATION, 1),  # when it attached
+        (pb.MODEL_VALIDATION, 1),  # again, as it seemed to attach again
+        (pb.MODEL_VALIDATION, 2),
+        (pb.MODEL_UPDATE, 3),
+    ]
