@@ -1,7 +1,7 @@
 """scikit-learn's digits, cut into one non-IID shard a client, and the test split that no client sees.
 
-`python data.py --out DIR --clients 5` writes everything once as .npy: importing scikit-learn takes over a second,
-so training and scoring must only ever call the load functions here, which need numpy alone.
+`python data.py --out DIR --clients 5` writes client-0.npz … client-4.npz and test.npz, once: importing scikit-learn
+takes over a second, and training (client/shard.py) and scoring need numpy alone.
 Labels are spread over the clients by a Dirichlet distribution, after Hsu et al. 2019, arXiv:1909.06335.
 """
 
@@ -100,30 +100,12 @@ def _digits() -> tuple[Examples, NDArray[np.intp]]:
 
 
 def write(out: Path, *, clients: int, seed: int = 7, alpha: float = 0.5) -> None:
-    _save(out / "test", test_split())
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / "test.npz", **test_split()._asdict())
     for index in range(clients):
-        of_client = shard(index, clients, seed=seed, alpha=alpha)
-        _save(out / f"client-{index}" / "train", of_client.train)
-        _save(out / f"client-{index}" / "validation", of_client.validation)
-
-
-def load_shard(data: Path, index: int) -> Shard:
-    folder = data / f"client-{index}"
-    return Shard(train=_load(folder / "train"), validation=_load(folder / "validation"))
-
-
-def load_test_split(data: Path) -> Examples:
-    return _load(data / "test")
-
-
-def _save(folder: Path, examples: Examples) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "x.npy", examples.x)
-    np.save(folder / "y.npy", examples.y)
-
-
-def _load(folder: Path) -> Examples:
-    return Examples(np.load(folder / "x.npy"), np.load(folder / "y.npy"))
+        train, validation = shard(index, clients, seed=seed, alpha=alpha)
+        arrays = {"train_x": train.x, "train_y": train.y, "validation_x": validation.x, "validation_y": validation.y}
+        np.savez(out / f"client-{index}.npz", **arrays)
 
 
 def main() -> None:

@@ -10,10 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from data import load_test_split
-from model import evaluate
-
-from fl_client.wire import codec
+import numpy as np
+from client.model import evaluate, load
 
 
 def main() -> None:
@@ -21,8 +19,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="an .npz file, as the server hands it out")
     parser.add_argument("--data", type=Path, required=True, help="the folder that data.py wrote")
     args = parser.parse_args()
-    parameters = codec.decode(args.model.read_bytes())
-    print(json.dumps(evaluate(parameters, *load_test_split(args.data))))
+    with np.load(args.data / "test.npz") as test:
+        print(json.dumps(evaluate(load(args.model), test["x"], test["y"])))
 
 
 if __name__ == "__main__":

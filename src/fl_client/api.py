@@ -139,7 +139,7 @@ class APIClient:
         headers = {"X-Limit": str(n_max)} if n_max else {}
         if sort:
             headers |= {"X-Sort-Key": sort, "X-Sort-Order": "desc" if descending else "asc"}
-        return self._object("GET", f"/api/v1/{entity}/", params=params, headers=headers)
+        return self._object("GET", f"/api/v1/{entity}/", "result", params=params, headers=headers)
 
     def get(self, entity: Entity, id: str) -> Object:
         return self._object("GET", _path(entity, id))
@@ -358,7 +358,7 @@ class APIClient:
         try:
             return self._object("POST", f"/api/v1/sessions/{route}", json=wanted) | session
         except APIError as exc:
-            raise APIError(f"{exc} (session {session['session_id']} is created)", exc.status_code) from exc
+            raise APIError(f"{exc}; session {session['session_id']} is created", exc.status_code) from exc
 
     def continue_session(self, session_id: str, rounds: int = 5, round_timeout: float = 180) -> Object:
         """So many rounds more, for a session that has ended, however it did."""
@@ -372,11 +372,11 @@ class APIClient:
 
     def stop_session(self, session_id: str) -> Object:
         """The session, Terminated."""
-        return self._object("PATCH", _path("sessions", session_id), json={"status": "Terminated"})
+        return self._object("PATCH", _path("sessions", session_id), "status", json={"status": "Terminated"})
 
     def get_explain(self, session_id: str) -> Object:
         """`sentences`: why the session is where it is."""
-        return self._object("GET", f"{_path('sessions', session_id)}/explain")
+        return self._object("GET", f"{_path('sessions', session_id)}/explain", "sentences")
 
     # ---- records
 
@@ -576,10 +576,11 @@ class APIClient:
 
     # ---- HTTP
 
-    def _object(self, method: str, path: str, **content: Any) -> Object:
+    def _object(self, method: str, path: str, key: str = "", **content: Any) -> Object:
+        """key: what the object of a server that speaks this API has."""
         body = self._json(method, path, **content)
-        if not isinstance(body, dict):
-            raise APIError(f"{method} {self.base_url}{path}: a JSON object expected, not {str(body)[:40]!r}")
+        if not isinstance(body, dict) or (self._raise_errors and key and key not in body):
+            raise APIError(f"{self.base_url}{path}: what answers there is no flserve ({str(body)[:40]})")
         return body
 
     def _json(self, method: str, path: str, **content: Any) -> Any:

@@ -1,38 +1,35 @@
 """The client: it attaches to a combiner, works the tasks that come, one after the other, and reports each once.
 
 It lives until it is stopped, or until the server refuses or replaces it (ClientError): a server that is away is waited
-for, a task that fails is reported as failed. No heartbeats, no statuses: the open task stream says that it is alive.
+for, a task that fails is reported as failed. No heartbeats: the open task stream says that it is alive.
+What a task is done with is a Runtime (task.py): callbacks, or a compute package.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import inspect
+import contextlib
 import json
 import logging
 import math
-import numbers
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
-import numpy as np
-import numpy.typing as npt
-
-from fl_client.transport import Assignment, CallRefused, ClientError, Link, Unreachable, ask_assignment
+from fl_client.callbacks import Callbacks, Predict, Train, TrainResult, Validate
+from fl_client.task import Due, Runtime, TaskFailed, TaskInfo, TaskKind
+from fl_client.transport import Assignment, CallRefused, ClientError, Link, RestApi, Unreachable
 from fl_client.wire import fl_pb2 as pb
-from fl_client.wire.codec import MAX_MODEL_BYTES, BadModel, Layout, NpzFile, Parameters, encode, parameters_fault
+from fl_client.wire.codec import MAX_MODEL_BYTES
+
+__all__ = ["Backoff", "Client", "Predict", "TaskInfo", "Train", "TrainResult", "Validate"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-TaskKind = Literal["train", "validate", "predict"]
 
 _KINDS: Mapping[int, TaskKind] = {
     pb.StatusType.MODEL_UPDATE: "train",
@@ -49,36 +46,7 @@ _VERDICTS: Mapping[int, str] = {
 _QUEUED_TASKS = 16  # when full, the stream is not read: the server's flow control holds the rest
 _REPORT_TIMEOUT_S = 600.0  # a server whose store is away holds a report; asking again is free
 _FAILURES_BEFORE_ASKING = 3  # of the stream, before the REST API is asked whether the combiner moved
-_MAX_FAILURE_CHARS = 500
-
-
-@dataclass(frozen=True, slots=True)
-class TaskInfo:
-    """What is asked, beside the model's parameters."""
-
-    task_id: str
-    kind: TaskKind
-    session_id: str
-    round: int  # within the session, from 1; 0: not said
-    attempt: int  # of the round, from 1; 0: not said
-    model_id: str
-    client_id: str
-    settings: Mapping[str, Any]  # the session's client_settings
-    deadline: float  # seconds since the epoch, by the server's clock; 0: none
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """parameters: count, order and shapes of the ones given; num_examples: finite, above 0, the weight in the mean."""
-
-    parameters: Sequence[npt.ArrayLike]
-    num_examples: float
-    metrics: Mapping[str, Any] = field(default_factory=dict)  # JSON; a number that is not finite goes as null
-
-
-Train = Callable[[Parameters, TaskInfo], TrainResult | Awaitable[TrainResult]]
-Validate = Callable[[Parameters, TaskInfo], Mapping[str, float] | Awaitable[Mapping[str, float]]]
-Predict = Callable[[Parameters, TaskInfo], object]
+_STATUS_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +62,8 @@ class Backoff:
         return random.uniform(longest_s / 2, longest_s)
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """Why a task could not be done, for its report."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    data: bytes
-    sha256: str
-    metadata: Mapping[str, Any]
+class _GivenBack(Exception):
+    """The server is away, and this client is to stop: the server gives the task again."""
 
 
 class Client:
@@ -113,7 +71,7 @@ class Client:
 
     A callback gets the model's parameters (its own, to change as it likes) and a TaskInfo. A plain one runs in the
     client's one thread, an async one on the loop; a plain one that runs cannot be interrupted, and holds the exit of
-    the process until it returns. A missing one is reported as a failure.
+    the process until it returns. A missing one is reported as a failure. Instead of callbacks: a runtime.
     on_report(task, verdict, reason) is called on the loop and must not raise; verdict is "accepted", "duplicate",
     "not_selected", "late" or "rejected", or "" where the server says none (a validation, a prediction).
     """
@@ -121,14 +79,16 @@ class Client:
     def __init__(
         self,
         *,
-        train: Train,
+        train: Train | None = None,
         validate: Validate | None = None,
         predict: Predict | None = None,
+        runtime: Runtime | None = None,
         api_url: str = "",
         combiner: str = "",
         name: str = "",
         client_id: str = "",
         token: str = "",
+        auth_scheme: str = "Bearer",
         preferred_combiner: str = "",
         backoff: Backoff | None = None,
         max_model_bytes: int = MAX_MODEL_BYTES,
@@ -142,23 +102,25 @@ class Client:
         if not (self.client_id.isascii() and self.client_id.isprintable()):
             raise ClientError(f"client_id: {self.client_id!r} is not printable ASCII, which gRPC needs")
         self._combiner = Assignment.parse(combiner) if combiner else None
-        self._api_url = api_url
+        self._authorization = f"{auth_scheme} {token}" if token else ""
+        self._rest = RestApi(api_url, self._authorization) if api_url else None
         self._preferred_combiner = preferred_combiner
-        self._token = token
-        self._train = train
-        self._validate = validate
-        self._predict = predict
+        if runtime is None and train is not None:
+            thread = f"client {self.client_id}"
+            runtime = Callbacks(train, validate, predict, max_model_bytes=max_model_bytes, thread=thread)
+        elif runtime is None or train is not None:
+            raise ClientError("either train or runtime is needed")
+        self._runtime = runtime
         self._backoff = backoff or Backoff()
         self._max_model_bytes = max_model_bytes
         self._on_report = on_report
 
         self._link: Link | None = None
         self._waits_for = ""
-        self._queue: asyncio.Queue[pb.TaskRequest] = asyncio.Queue(_QUEUED_TASKS)
-        self._open: set[str] = set()  # keys of the tasks that are queued or worked
-        self._working = False
+        self._queue: asyncio.Queue[tuple[pb.TaskRequest, TaskInfo]] = asyncio.Queue(_QUEUED_TASKS)
+        self._open: dict[str, Due] = {}  # the tasks that are queued or worked, by their keys
+        self._working = ""  # the task's id
         self._stopping = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"client {self.client_id}")
 
     async def run(self) -> None:
         """Returns after stop(). Raises ClientError when the server refuses this client or another took its place."""
@@ -176,18 +138,23 @@ class Client:
                 raise
             raise ours.exceptions[0] from None
         finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._runtime.close()
             if self._link is not None:
                 await self._link.close()
 
     def stop(self) -> None:
-        """Lets run() return once the task that is worked is reported; queued ones are left to the server."""
+        """Lets run() return once the task that is worked is reported; queued ones are left to the server.
+
+        So is the one that is worked, if its server is away.
+        """
+        if self._working:
+            logger.info("stopping when task %s is reported", self._working)
         self._stopping.set()
 
     # ---- the stream
 
     async def _attend(self) -> None:
-        self._link = self._link_to(self._combiner or await self._join())
+        self._link = self._link_to(await self._until_reached(self._join))
         failures = 0
         while True:
             stream = self._link.attach(self._sender())
@@ -204,14 +171,14 @@ class Client:
                 stream.close()
             await asyncio.sleep(self._backoff.wait_s(failures))
             failures += 1
-            if self._api_url and failures >= _FAILURES_BEFORE_ASKING:
+            if self._rest is not None and failures >= _FAILURES_BEFORE_ASKING:
                 await self._follow()
 
-    async def _join(self) -> Assignment:
+    async def _until_reached(self, ask: Callable[[], Awaitable[T]]) -> T:
         failures = 0
         while True:
             try:
-                return await self._ask()
+                return await ask()
             except Unreachable as exc:
                 self._say_waiting(exc)
             await asyncio.sleep(self._backoff.wait_s(failures))
@@ -221,7 +188,7 @@ class Client:
         """To where the REST API now sends us; a combiner may be back before the REST API is."""
         assert self._link is not None
         try:
-            assignment = await self._ask()
+            assignment = await self._join()
         except Unreachable as exc:
             self._say_waiting(exc)
             return
@@ -229,14 +196,22 @@ class Client:
             former, self._link = self._link, self._link_to(assignment)
             await former.close()
 
-    async def _ask(self) -> Assignment:
-        body = {"name": self.name, "client_id": self.client_id, "package": "local"}
-        if self._preferred_combiner:
-            body["preferred_combiner"] = self._preferred_combiner
-        return await ask_assignment(self._api_url, body, self._token)
+    async def _join(self) -> Assignment:
+        """Where the combiner is, once the runtime has what it needs."""
+        if self._rest is None:
+            assert self._combiner is not None
+            assignment = self._combiner
+        else:
+            body = {"name": self.name, "client_id": self.client_id, "package": self._runtime.package}
+            if self._preferred_combiner:
+                body["preferred_combiner"] = self._preferred_combiner
+            assignment = await self._rest.assignment(body)
+        await self._runtime.prepare()
+        return assignment
 
     def _link_to(self, at: Assignment) -> Link:
-        return Link(at, self.client_id, self._token, base_s=self._backoff.base_s, cap_s=self._backoff.cap_s)
+        backoff = self._backoff
+        return Link(at, self.client_id, self._authorization, base_s=backoff.base_s, cap_s=backoff.cap_s)
 
     def _say_waiting(self, reason: Exception) -> None:
         if str(reason) != self._waits_for:
@@ -247,28 +222,32 @@ class Client:
         if request.type not in _KINDS:
             logger.warning("task of an unknown kind ignored: %s %s", request.type, _key(request))
             return
-        if _key(request) not in self._open:  # else the server sends it again because we attached again
-            self._open.add(_key(request))
-            await self._queue.put(request)
+        due_s = _due_s(request, asyncio.get_running_loop().time())
+        if (known := self._open.get(_key(request))) is not None:
+            known.at_s = due_s  # the server sends it again because we attached again
+            return
+        task = TaskInfo(
+            task_id=_key(request),
+            kind=_KINDS[request.type],
+            session_id=request.session_id,
+            round=request.round,
+            attempt=request.attempt,
+            model_id=request.model_id,
+            client_id=self.client_id,
+            settings=_settings(request.data),
+            deadline=request.deadline,
+            due=Due(due_s),
+        )
+        self._open[task.task_id] = task.due
+        await self._queue.put((request, task))
 
     # ---- the tasks
 
     async def _work(self) -> None:
         while not self._stopping.is_set():
-            request = await self._queue.get()
-            self._working = True
-            task = TaskInfo(
-                task_id=_key(request),
-                kind=_KINDS[request.type],
-                session_id=request.session_id,
-                round=request.round,
-                attempt=request.attempt,
-                model_id=request.model_id,
-                client_id=self.client_id,
-                settings=_settings(request.data),
-                deadline=request.deadline,
-            )
-            logger.info("task begun: %s of model %s", task.task_id, task.model_id)
+            request, task = await self._queue.get()
+            self._working = task.task_id
+            logger.info("task begun: %s %s of model %s", task.kind, task.task_id, task.model_id)
             try:
                 match task.kind:
                     case "train":
@@ -279,11 +258,13 @@ class Client:
                         response = await self._do_predict(request, task)
             except CallRefused as exc:
                 logger.error("task given up, its report was refused: %s: %s", task.task_id, exc)
+            except _GivenBack as exc:
+                logger.warning("task given back to the server: %s: %s", task.task_id, exc)
             else:
                 self._tell(task, response)
             finally:
-                self._open.discard(_key(request))
-                self._working = False
+                del self._open[task.task_id]
+                self._working = ""
 
     async def _do_train(self, request: pb.TaskRequest, task: TaskInfo) -> pb.Response:
         clock = asyncio.get_running_loop().time
@@ -295,20 +276,16 @@ class Client:
             correlation_id=request.correlation_id,
             task_id=request.task_id,
         )
-        begun_s = clock()
-        model = await self._fetch(task)
-        fetched_s = clock()
-        trained: _Trained | _Failure
-        if isinstance(model, _Failure):
-            trained = model
-        else:
-            parameters, layout = model
-            trained = await self._call(task, self._train, parameters, lambda returned: _trained(returned, layout))
-        trained_s = clock()
-        if isinstance(trained, _Trained):
-            trained = await self._upload(update.model_update_id, trained)
-        if isinstance(trained, _Failure):
-            update.failure = trained.reason
+        try:
+            begun_s = clock()
+            model = await self._fetch(task)
+            fetched_s = clock()
+            trained = await self._runtime.train(model, task)
+            trained_s = clock()
+            await self._upload(update.model_update_id, trained.data)
+        except TaskFailed as failed:
+            update.failure = str(failed)
+            await self._note(request, task, failed)
         else:
             update.size_bytes = len(trained.data)
             update.sha256 = trained.sha256
@@ -333,11 +310,11 @@ class Client:
             session_id=request.session_id,
             task_id=request.task_id,
         )
-        match await self._computed(task, self._validate, _validation_json):
-            case _Failure(reason):
-                validation.failure = reason
-            case text:
-                validation.data = text
+        try:
+            validation.data = await self._runtime.validate(await self._fetch(task), task)
+        except TaskFailed as failed:
+            validation.failure = str(failed)
+            await self._note(request, task, failed)
         validation.timestamp.GetCurrentTime()
         return await self._until_answered(lambda link: link.send_validation(validation, _REPORT_TIMEOUT_S))
 
@@ -349,49 +326,55 @@ class Client:
             correlation_id=request.correlation_id,
             prediction_id=request.session_id,
         )
-        match await self._computed(task, self._predict, _prediction_json):
-            case _Failure(reason):
-                prediction.data = "null"  # what a FEDn client sends then
-                prediction.meta = json.dumps({"failure": reason})
-            case text:
-                prediction.data = text
+        try:
+            prediction.data = await self._runtime.predict(await self._fetch(task), task)
+        except TaskFailed as failed:
+            prediction.data = "null"  # what a FEDn client sends then
+            prediction.meta = json.dumps({"failure": str(failed)})
+            await self._note(request, task, failed)
         prediction.timestamp.GetCurrentTime()
         return await self._until_answered(lambda link: link.send_prediction(prediction, _REPORT_TIMEOUT_S))
 
-    async def _computed(
-        self,
-        task: TaskInfo,
-        callback: Callable[[Parameters, TaskInfo], object] | None,
-        use: Callable[[object], str],
-    ) -> str | _Failure:
-        if callback is None:
-            return _Failure(f"this client has no {task.kind} callback")
-        model = await self._fetch(task)
-        if isinstance(model, _Failure):
-            return model
-        parameters, _ = model
-        return await self._call(task, callback, parameters, use)
-
-    async def _fetch(self, task: TaskInfo) -> tuple[Parameters, Layout] | _Failure:
+    async def _fetch(self, task: TaskInfo) -> bytearray:
+        if (refusal := self._runtime.refusal(task.kind)) is not None:
+            raise TaskFailed(refusal)
         sender = self._sender()
         try:
             data = await self._until_answered(
                 lambda link: link.download(task.model_id, sender, max_bytes=self._max_model_bytes)
             )
-            if data is None:
-                return _Failure(f"no model {task.model_id}")
-            return await self._in_thread(lambda: _decoded(data, self._max_model_bytes))
-        except (CallRefused, BadModel, MemoryError) as exc:
-            logger.error("model %s cannot be used: %s", task.model_id, exc)
-            return _Failure(_one_line(f"model {task.model_id}: {exc}"))
+        except (CallRefused, MemoryError) as exc:
+            raise TaskFailed(f"model {task.model_id}: {exc}") from exc
+        if data is None:
+            raise TaskFailed(f"no model {task.model_id}")
+        return data
 
-    async def _upload(self, update_id: str, trained: _Trained) -> _Trained | _Failure:
+    async def _upload(self, update_id: str, data: bytes) -> None:
         try:
-            await self._until_answered(lambda link: link.upload(update_id, trained.data))
+            await self._until_answered(lambda link: link.upload(update_id, data))
         except CallRefused as exc:
-            logger.error("upload refused: %s", exc)
-            return _Failure(_one_line(str(exc)))
-        return trained
+            raise TaskFailed(str(exc)) from exc
+
+    async def _note(self, request: pb.TaskRequest, task: TaskInfo, failed: TaskFailed) -> None:
+        """Logs why, and tells the server what the work said at its end: once, it is in the log in any case."""
+        logger.error("task failed: %s: %s", task.task_id, failed, exc_info=failed.__cause__)
+        if not failed.last_lines:
+            return
+        status = pb.Status(
+            sender=self._sender(),
+            status=str(failed),
+            log_level=pb.LogLevel.WARNING,
+            data="\n".join(failed.last_lines),
+            correlation_id=request.correlation_id,
+            session_id=request.session_id,
+            type=request.type,
+        )
+        status.timestamp.GetCurrentTime()
+        assert self._link is not None
+        try:
+            await self._link.send_status(status, _STATUS_TIMEOUT_S)
+        except (Unreachable, CallRefused) as exc:
+            logger.warning("the failure's last lines did not reach the server: %s", exc)
 
     async def _until_answered(self, call: Callable[[Link], Awaitable[T]]) -> T:
         """Again and again while the server is away: what a task has cost is not thrown away for that."""
@@ -402,40 +385,15 @@ class Client:
             try:
                 return await call(self._link)
             except Unreachable as exc:
+                if self._stopping.is_set():
+                    raise _GivenBack(str(exc)) from exc
                 if str(exc) != waits_for:
                     waits_for = str(exc)
                     logger.info("a task waits for the server: %s", exc)
-            await asyncio.sleep(self._backoff.wait_s(failures))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._backoff.wait_s(failures)):
+                    await self._stopping.wait()
             failures += 1
-
-    async def _call(
-        self,
-        task: TaskInfo,
-        callback: Callable[[Parameters, TaskInfo], object],
-        parameters: Parameters,
-        use: Callable[[object], T],
-    ) -> T | _Failure:
-        """What `use` makes of what the callback returns; `use` raises if it is unusable, and runs in the thread."""
-        try:
-            returned = await self._in_thread(lambda: callback(parameters, task))
-            if inspect.isawaitable(returned):
-                returned = await returned
-            return await self._in_thread(lambda: use(returned))
-        except (Exception, asyncio.CancelledError) as exc:  # whatever the user's code raises is this task's failure
-            me = asyncio.current_task()
-            if isinstance(exc, asyncio.CancelledError) and me is not None and me.cancelling():
-                raise
-            logger.error("task failed: %s: %s", task.task_id, exc, exc_info=exc)
-            return _Failure(_one_line(f"{type(exc).__name__}: {exc}"))
-
-    async def _in_thread(self, compute: Callable[[], T]) -> T:
-        def run() -> T:
-            try:
-                return compute()
-            except StopIteration as exc:  # a future cannot carry it, see PEP 479
-                raise RuntimeError("StopIteration was raised") from exc
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
     def _tell(self, task: TaskInfo, response: pb.Response) -> None:
         verdict = _VERDICTS.get(response.verdict, "")
@@ -462,58 +420,12 @@ def _settings(data: str) -> Mapping[str, Any]:
     return {}
 
 
-def _decoded(data: bytearray, max_bytes: int) -> tuple[Parameters, Layout]:
-    npz = NpzFile(memoryview(data), max_bytes=max_bytes)
-    return npz.copies(), npz.layout
-
-
-def _trained(returned: object, layout: Layout) -> _Trained:
-    """Raises TypeError or ValueError for a result that the server would reject."""
-    if not isinstance(returned, TrainResult):
-        raise TypeError(f"train returned {type(returned).__name__}, expected TrainResult")
-    arrays = [np.asarray(array) for array in returned.parameters]
-    if (fault := parameters_fault(arrays, layout)) is not None:
-        raise ValueError(f"train returned bad parameters: {fault}")
-    examples = returned.num_examples
-    if isinstance(examples, bool | np.bool_) or not isinstance(examples, numbers.Real):
-        raise TypeError(f"train returned num_examples {examples!r}, expected a number")
-    if not 0 < examples <= 2**53:
-        raise ValueError(f"train returned num_examples {examples}, expected a finite number above 0")
-    num_examples = int(examples) if isinstance(examples, numbers.Integral) else float(examples)
-    metrics = {str(key): _finite_or_null(value) for key, value in returned.metrics.items()}
-    data = encode(arrays, [spec.name for spec in layout])
-    metadata = json.loads(_json({**metrics, "num_examples": num_examples}))
-    return _Trained(data, hashlib.sha256(data).hexdigest(), metadata)
-
-
-def _validation_json(returned: object) -> str:
-    if not isinstance(returned, Mapping):
-        raise TypeError(f"validate returned {type(returned).__name__}, expected a dict of metrics")
-    metrics: dict[str, float] = {}
-    for key, value in returned.items():
-        metrics[str(key)] = float(value)
-        if not math.isfinite(metrics[str(key)]):
-            raise ValueError(f"validate returned metric {key!r} = {value}, expected a finite number")
-    return _json(metrics)
-
-
-def _prediction_json(returned: object) -> str:
-    return _json(returned)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, default=_plain, allow_nan=False)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is no JSON")
-
-
-def _finite_or_null(value: object) -> object:
-    return None if isinstance(value, float | np.floating) and not math.isfinite(value) else value
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_MAX_FAILURE_CHARS]
+def _due_s(request: pb.TaskRequest, now_s: float) -> float:
+    """On the clock of now_s. By what the server's own clock says is left when it sends: clocks need not agree."""
+    if not request.deadline:
+        return math.inf
+    try:
+        sent_at = datetime.strptime(request.timestamp, "%Y-%m-%d %H:%M:%S.%f").replace(tzinfo=UTC)
+    except ValueError:
+        return math.inf
+    return now_s + request.deadline - sent_at.timestamp()

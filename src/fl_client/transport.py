@@ -1,4 +1,4 @@
-"""What goes over the network: the request for a combiner (REST), the task stream, models and reports (gRPC).
+"""What goes over the network: joining and compute packages (REST), the task stream, models and reports (gRPC).
 
 The only file that knows httpx and grpc: their errors become ours here, and nothing is tried twice here.
 
@@ -10,10 +10,11 @@ The only file that knows httpx and grpc: their errors become ours here, and noth
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import grpc
 import httpx
@@ -23,6 +24,7 @@ from fl_client.wire import fl_pb2_grpc
 from fl_client.wire.chunks import split
 
 _ASK_TIMEOUT_S = 10.0
+_NO_PROXY = {f"all://{here}": None for here in ("localhost", "127.0.0.1", "[::1]")}  # to this machine
 
 _stubs: Any = fl_pb2_grpc  # generated without types; each method below says what goes in and out
 
@@ -59,30 +61,84 @@ class Assignment:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-async def ask_assignment(api_url: str, body: Mapping[str, str], token: str) -> Assignment:
-    """One POST of clients/add. Raises Unreachable where it is worth to ask again, ClientError where it is not."""
-    url = f"{api_url.rstrip('/')}/api/v1/clients/add"
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        async with httpx.AsyncClient(timeout=_ASK_TIMEOUT_S, follow_redirects=True) as http:
-            reply = await http.post(url, json=body, headers=headers)
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
-        raise ClientError(f"api_url: {api_url!r}: {exc}") from exc
-    except httpx.HTTPError as exc:
-        raise Unreachable(f"{url} does not answer ({type(exc).__name__}: {exc})") from exc
-    message = _message(reply)
-    if reply.status_code == 203:
-        raise Unreachable(f"{url} says to wait: {message}")
-    if reply.status_code >= 500 or reply.status_code in (408, 429):
-        raise Unreachable(f"{url} answered {reply.status_code}: {message}")
+class RestApi:
+    """The few requests of a client. Each is sent once; Unreachable: worth to ask again, ClientError: not."""
+
+    def __init__(self, api_url: str, authorization: str) -> None:
+        """authorization: the header's value; empty: none."""
+        self._api_url = api_url.rstrip("/")
+        self._headers = {"Authorization": authorization} if authorization else {}
+
+    async def assignment(self, body: Mapping[str, str]) -> Assignment:
+        """POST clients/add."""
+        async with self._request("POST", "/api/v1/clients/add", json=body) as reply:
+            await reply.aread()
+            url, message = str(reply.url), _message(reply)
+            if reply.status_code == 203:
+                raise Unreachable(f"{url} says to wait: {message}")
+            _expect_200(reply)
+            match _json(reply):
+                case {"fqdn": str(fqdn)} if fqdn:
+                    return Assignment(fqdn, 443, tls=True)
+                case {"host": str(host), "port": int(port)} if host:
+                    return Assignment(host, port, tls=port == 443)
+        raise ClientError(f"{url} assigned no combiner: {message}")
+
+    async def package_checksum(self) -> str:
+        """The sha256 of the active compute package, in hex."""
+        async with self._request("GET", "/api/v1/packages/checksum") as reply:
+            await reply.aread()
+            _expect_package(reply)
+            match _json(reply):
+                case {"checksum": str(checksum)} if len(checksum) == 64:
+                    return checksum.lower()
+            raise ClientError(f"{reply.url} answered no checksum: {_message(reply)}")
+
+    async def package(self, to: BinaryIO, *, max_bytes: int) -> str:
+        """Writes the active compute package; its sha256, in hex."""
+        digest, size_bytes = hashlib.sha256(), 0
+        async with self._request("GET", "/api/v1/packages/download") as reply:
+            if reply.status_code != 200:
+                await reply.aread()
+            _expect_package(reply)
+            async for block in reply.aiter_bytes():
+                size_bytes += len(block)
+                if size_bytes > max_bytes:
+                    raise ClientError(f"{reply.url} sends more than {max_bytes} bytes")
+                digest.update(block)
+                to.write(block)
+        return digest.hexdigest()
+
+    @asynccontextmanager
+    async def _request(self, method: str, path: str, **content: Any) -> AsyncIterator[httpx.Response]:
+        url = self._api_url + path
+        try:
+            async with (
+                httpx.AsyncClient(timeout=_ASK_TIMEOUT_S, follow_redirects=True, mounts=_NO_PROXY) as http,
+                http.stream(method, url, headers=self._headers, **content) as reply,
+            ):
+                yield reply
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
+            raise ClientError(f"api_url: {self._api_url!r}: {exc}") from exc
+        except httpx.HTTPError as exc:
+            if isinstance(exc, httpx.RemoteProtocolError) and "illegal" in str(exc):  # gRPC's port, say
+                raise ClientError(f"{url} is no REST API: what answers there speaks no HTTP/1.1") from exc
+            raise Unreachable(f"{url} does not answer ({type(exc).__name__}: {exc})") from exc
+
+
+def _expect_200(reply: httpx.Response) -> None:
+    text = f"{reply.url} answered {reply.status_code}: {_message(reply)}"
+    if reply.status_code in (500, 502, 503, 504, 408, 429):
+        raise Unreachable(text)
     if reply.status_code != 200:
-        raise ClientError(f"{url} answered {reply.status_code}: {message}")
-    match _json(reply):
-        case {"fqdn": str(fqdn)} if fqdn:
-            return Assignment(fqdn, 443, tls=True)
-        case {"host": str(host), "port": int(port)} if host:
-            return Assignment(host, port, tls=port == 443)
-    raise ClientError(f"{url} assigned no combiner: {message}")
+        raise ClientError(text)
+
+
+def _expect_package(reply: httpx.Response) -> None:
+    if reply.status_code == 404 and isinstance(body := _json(reply), dict) and "message" in body:
+        raise Unreachable(f"{reply.url} has no compute package yet: {body['message']}")
+    if reply.status_code != 200:
+        _expect_200(reply)
 
 
 def _message(reply: httpx.Response) -> str:
@@ -175,7 +231,8 @@ class Link:
     Transfers have no deadline: a combiner may take its time to admit one, and a dead peer is found by the pings.
     """
 
-    def __init__(self, at: Assignment, client_id: str, token: str, *, base_s: float, cap_s: float) -> None:
+    def __init__(self, at: Assignment, client_id: str, authorization: str, *, base_s: float, cap_s: float) -> None:
+        """authorization: the metadata's value; empty: none."""
         self.at = at
         options = [
             ("grpc.keepalive_time_ms", 30_000),
@@ -191,9 +248,10 @@ class Link:
         else:
             self._channel = grpc.aio.insecure_channel(str(at), options)
         self._metadata = [("client", client_id), ("grpc-server", at.host)]
-        if token:
-            self._metadata.append(("authorization", f"Bearer {token}"))
+        if authorization:
+            self._metadata.append(("authorization", authorization))
         self._combiner = _stubs.CombinerStub(self._channel)
+        self._connector = _stubs.ConnectorStub(self._channel)
         self._models = _stubs.ModelServiceStub(self._channel)
 
     async def close(self) -> None:
@@ -253,6 +311,10 @@ class Link:
             return _response(
                 await self._combiner.SendModelPrediction(prediction, metadata=self._metadata, timeout=timeout_s)
             )
+
+    async def send_status(self, status: pb.Status, timeout_s: float) -> pb.Response:
+        with _our_errors("SendStatus"):
+            return _response(await self._connector.SendStatus(status, metadata=self._metadata, timeout=timeout_s))
 
 
 def _response(message: Any) -> pb.Response:

@@ -27,11 +27,14 @@ from fl_server.combiner.server import CombinerServer
 from fl_server.combiner.servicer import Limits, Servicer
 from fl_server.errors import Unavailable
 from fl_server.rest.app import create_app
+from fl_server.rest.bodies import Desk
 from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.intake import Intake
+from fl_server.scheduler.packages import Packages
 from fl_server.scheduler.scheduler import Patience, Scheduler
 from fl_server.settings import Settings
 from fl_server.store.files import FileBlobStore
+from fl_server.store.ports import BlobStore, StateStore
 from fl_server.store.spool import Spool
 from fl_server.store.sqlite import SqliteStateStore
 
@@ -71,32 +74,90 @@ class Server:
 
 
 @asynccontextmanager
-async def scheduling(settings: Settings, pools: Executors, clock: Callable[[], float]) -> AsyncIterator[Scheduler]:
+async def scheduling(
+    settings: Settings, pools: Executors, clock: Callable[[], float]
+) -> AsyncIterator[tuple[Scheduler, Packages]]:
     """The stores opened and the scheduler recovered, without ports."""
-    data, fsync = settings.data_dir, settings.durability == "host"
+    data, fsync = settings.data_dir, settings.durability != "process"
     data.mkdir(parents=True, exist_ok=True)
-    store = SqliteStateStore(data / "state.db", pools.state, fsync=fsync)
-    await store.open(f"flserve, process {os.getpid()} on {socket.gethostname()}, data in {data.resolve()}")
+    store = _state_store(settings, pools, fsync=fsync)
+    owner = f"flserve, process {os.getpid()} on {socket.gethostname()}, data in {data.resolve()}"
+    await store.open(owner, standby=settings.standby)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
-        models = FileBlobStore(data / "models", pools.disk, fsync=fsync)
-        updates = FileBlobStore(data / "updates", pools.disk, fsync=fsync)
+        await stack.enter_async_context(_kept(store))
+        models, updates, archives = [
+            await stack.enter_async_context(blobs) for blobs in _blob_stores(settings, pools, fsync=fsync)
+        ]
         spool = Spool(data / "spool", pools.disk, max_bytes=settings.spool_max_bytes, fsync=fsync)
-        for opened in (models, updates, spool):
-            await opened.open()
+        await spool.open()
         work = data / "work"
         await asyncio.get_running_loop().run_in_executor(pools.disk, _empty, work)
         workshop = Workshop(models, spool, pools.kernel, work, settings.max_model_bytes)
-        patience = Patience(rejoin_window_s=settings.rejoin_window_s, upload_ttl_s=settings.upload_ttl_s)
+        patience = Patience(
+            rejoin_window_s=settings.rejoin_window_s,
+            upload_ttl_s=settings.upload_ttl_s,
+            telemetry_ttl_s=settings.telemetry_ttl_s,
+        )
         scheduler = Scheduler(store, workshop, updates, clock, patience)
-        yield await stack.enter_async_context(scheduler.running())
+        packages = Packages(store, archives, scheduler.insist, clock)
+        async with scheduler.running(), packages.running():
+            yield scheduler, packages
+
+
+def _state_store(settings: Settings, pools: Executors, *, fsync: bool) -> StateStore:
+    url = settings.mongo_url.get_secret_value()
+    if not url:
+        return SqliteStateStore(settings.data_dir / "state.db", pools.state, fsync=fsync)
+    from fl_server.store.mongo import MongoStateStore
+
+    return MongoStateStore(url, settings.mongo_database)
+
+
+@asynccontextmanager
+async def _kept(store: StateStore) -> AsyncIterator[None]:
+    """The ownership is renewed until the block is left. Raises Deposed, out of the block, when it is lost."""
+    async with asyncio.TaskGroup() as tasks:
+        keeping = tasks.create_task(store.keep(), name="keep the ownership")
+        try:
+            yield
+        finally:
+            keeping.cancel()
+
+
+def _blob_stores(
+    settings: Settings, pools: Executors, *, fsync: bool
+) -> list[contextlib.AbstractAsyncContextManager[BlobStore]]:
+    """Models, updates that are kept, packages; each to be entered."""
+    data, models, context = settings.data_dir, settings.s3_model_bucket, settings.s3_context_bucket
+    if not settings.s3_endpoint_url:
+        folders = ("models", "updates", "packages")
+        return [_opened_files(FileBlobStore(data / folder, pools.disk, fsync=fsync)) for folder in folders]
+    from fl_server.store.s3 import S3, opened
+
+    server = S3(
+        settings.s3_endpoint_url,
+        settings.s3_access_key,
+        settings.s3_secret_key.get_secret_value(),
+        settings.s3_region,
+    )
+    return [
+        opened(server, bucket, data / "cache" / name, pools.disk, cache_bytes=settings.s3_cache_bytes, prefix=prefix)
+        for name, bucket, prefix in (("models", models, ""), ("updates", models, "updates/"), ("packages", context, ""))
+    ]
+
+
+@asynccontextmanager
+async def _opened_files(blobs: FileBlobStore) -> AsyncIterator[BlobStore]:
+    await blobs.open()
+    yield blobs
 
 
 @asynccontextmanager
 async def serving(settings: Settings, clock: Callable[[], float] = time.time) -> AsyncIterator[Server]:
     """A server that is ready, until the block is left. Raises Owned, Unavailable (a port is taken)."""
     with executors() as pools:
-        async with scheduling(settings, pools, clock) as scheduler:
+        async with scheduling(settings, pools, clock) as (scheduler, packages):
             limits = Limits(
                 max_model_bytes=settings.max_model_bytes,
                 uploads_at_once=settings.uploads_at_once,
@@ -110,14 +171,15 @@ async def serving(settings: Settings, clock: Callable[[], float] = time.time) ->
             try:
                 advertised = settings.advertise_host or _dialled(settings.host)
                 await scheduler.announce_combiner(advertised, grpc_port)
-                rest = create_app(
-                    scheduler,
-                    spool_folder=settings.data_dir / "work",
-                    kernel=pools.kernel,
-                    disk=pools.disk,
-                    advertise=lambda: (settings.advertise_host, grpc_port),
+                desk = Desk(
+                    settings.data_dir / "work",
+                    pools.kernel,
+                    pools.disk,
                     max_model_bytes=settings.max_model_bytes,
+                    max_package_bytes=settings.package_max_bytes,
+                    max_unpacked_bytes=settings.package_unpacked_max_bytes,
                 )
+                rest = create_app(scheduler, packages, desk, advertise=lambda: (settings.advertise_host, grpc_port))
                 async with _http(rest, settings.host, settings.api_port) as api_port:
                     yield Server(f"http://{_dialled(settings.host)}:{api_port}", grpc_port, scheduler)
                     scheduler.stop_serving()
@@ -170,13 +232,24 @@ async def _http(app: object, host: str, port: int) -> AsyncIterator[int]:
 async def run(settings: Settings, ready: Callable[[Server], None]) -> None:
     """Serves until SIGINT or SIGTERM; `ready` is called once."""
     stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    loop, starting = asyncio.get_running_loop(), asyncio.current_task()
+
+    def stop() -> None:
+        stopped.set()
+        if starting is not None:
+            starting.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
-    async with serving(settings) as server:
-        ready(server)
-        await stopped.wait()
-        logger.info("stopping")
+        loop.add_signal_handler(number, stop)
+    try:
+        async with serving(settings) as server:
+            starting = None
+            ready(server)
+            await stopped.wait()
+            logger.info("stopping")
+    except asyncio.CancelledError:  # told to stop while it was starting, as a standby does for ever
+        if not stopped.is_set():
+            raise
 
 
 def _dialled(host: str) -> str:

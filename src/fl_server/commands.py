@@ -332,7 +332,7 @@ def _watch(api: fl_client.APIClient, progress: Progress, format: Format) -> Exit
                 if progress.apply(event.kind, event.data, event.data["at"]):
                     show(progress)
             session = api.get_session(id)  # the last word: its last event may be lost with a server
-            status, reason = session["status"], session["status_reason"]
+            status, reason = session["status"], session.get("status_reason")
             progress.apply("session", {"session_id": id, "status": status, "reason": reason}, progress.at_s)
             show(progress)
     except KeyboardInterrupt:

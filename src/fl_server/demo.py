@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,9 @@ from fl_server.watch import Progress, Show, say, shown
 
 DEFAULT_FOLDER = Path("flserve-data/demo")
 MARKER = ".flserve-demo"
-MADE_HERE = ("server", "shards", "logs", "ready.json", "seed.npz", "final-model.npz")
+MADE_HERE = (
+    "server", "shards", "client", "packages", "logs", "ready.json", "package.tgz", "seed.npz", "final-model.npz",
+)  # fmt: skip
 
 READY_TIMEOUT_S = 20.0
 SCRIPT_TIMEOUT_S = 60.0
@@ -41,6 +43,7 @@ QUIET_LIMIT_S = 90.0  # longer than any one thing that a session waits for here
 STOP_TIMEOUT_S = 8.0
 LOG_TAIL_LINES = 15
 
+FLCLIENT = ("-m", "fl_client.cli")
 SHOWN_METRICS = ("accuracy", "loss")
 CLIENT_SETTINGS = {"seed": 7, "epochs": 8, "batch_size": 8, "learning_rate": 0.02, "momentum": 0.9, "noise": 0.6}
 
@@ -111,6 +114,7 @@ class Children:
     """Processes in sessions of their own, so that a Ctrl-C reaches us alone and the order of the end is ours."""
 
     logs: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
     started: list[Child] = field(default_factory=list)
 
     async def start(self, name: str, argv: Sequence[str]) -> Child:
@@ -123,7 +127,7 @@ class Children:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env=_child_environment(),
+                env=_child_environment(self.variables),
             )
         child = Child(name, log, process)
         self.started.append(child)
@@ -171,11 +175,12 @@ def _signal_group(child: Child, number: signal.Signals) -> None:
             os.killpg(child.process.pid, number)
 
 
-def _child_environment() -> dict[str, str]:
-    """Without our FL_* settings (the demo keeps to the embedded default), and without a proxy to this machine."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FL_")}
+def _child_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Without FL_* and FEDN_* settings (the demo keeps to the embedded default), and without a proxy to this machine."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FL_", "FEDN_"))}
     here = "127.0.0.1,localhost"
-    return kept | {"OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "NO_PROXY": here, "no_proxy": here}
+    ours = {"OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "NO_PROXY": here, "no_proxy": here}
+    return {**kept, **ours, **variables}
 
 
 # ---- the demo itself
@@ -193,7 +198,7 @@ class _Demo:
         example = locate_example()
         if importlib.util.find_spec("sklearn") is None:
             raise DemoFailed("the demo's data come with scikit-learn, which is missing: pip install 'flserve[demo]'")
-        children = Children(self.root / "logs")
+        children = Children(self.root / "logs", {"DIGITS_DATA": str(self.root / "shards")})
         failures: list[DemoFailed] = []
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -219,14 +224,14 @@ class _Demo:
         tasks.create_task(watch(server), name="watch the server")
         say(self.console, f"starting a server and {self.clients} clients; files and logs in {self.root}")
         await children.run("data", [str(example / "data.py"), "--out", str(shards), "--clients", str(self.clients)])
-        await children.run("seed", [str(example / "seed.py"), "--out", str(seed)])
+        package = await self._make_package(children, example)
         api_url = await self._ready()
-        for index in range(self.clients):
-            argv = [str(example / "client.py"), "--api-url", api_url, "--data", str(shards), "--index", str(index)]
-            client = await children.start(f"client {index}", argv)
-            tasks.create_task(watch(client), name=f"watch client {index}")
         async with _api(api_url, server) as api:
-            session_id = await self._create_session(api, await _upload(api, seed.read_bytes()))
+            await _upload_package(api, package.read_bytes())
+            for index in range(self.clients):
+                client = await children.start(f"client {index}", self._client_argv(api_url, index))
+                tasks.create_task(watch(client), name=f"watch client {index}")
+            session_id = await self._create_session(api, await _upload_seed(api, seed.read_bytes()))
             model_id = await self._train(api, session_id)
             final.write_bytes((await api.ask("GET", f"/api/v1/models/{model_id}/download")).content)
         scored = await children.run("score", [str(example / "score.py"), "--model", str(final), "--data", str(shards)])
@@ -236,6 +241,20 @@ class _Demo:
         data_dir, ready_file = str(self.root / "server"), str(self.root / "ready.json")
         ports = ["--api-port", "0", "--grpc-port", "0", "--advertise-host", "127.0.0.1"]
         return ["-m", "fl_server.cli", "up", "--data-dir", data_dir, *ports, "--ready-file", ready_file]
+
+    async def _make_package(self, children: Children, example: Path) -> Path:
+        """As its author does, in a copy: the example may lie where we cannot write. Leaves seed.npz beside it."""
+        folder = self.root / "client"
+        shutil.copytree(example / "client", folder, ignore=shutil.ignore_patterns("__pycache__"))
+        await children.run("build", [*FLCLIENT, "package", "build", "--path", str(folder)])
+        packing = [*FLCLIENT, "package", "create", "--path", str(folder), "--output", str(self.root)]
+        await children.run("package", packing)
+        return self.root / "package.tgz"
+
+    def _client_argv(self, api_url: str, index: int) -> list[str]:
+        name = f"digits-{index}"
+        where = ["--api-url", api_url, "--package-dir", str(self.root / "packages")]
+        return [*FLCLIENT, "join", *where, "--name", name, "--client-id", name]
 
     async def _ready(self) -> str:
         async with _deadline(READY_TIMEOUT_S, "the server's start"):
@@ -343,8 +362,12 @@ async def _api(api_url: str, server: Child) -> AsyncIterator[_Api]:
         raise server.failure(f"does not answer ({type(exc).__name__})") from exc
 
 
-async def _upload(api: _Api, seed: bytes) -> str:
-    await api.ask("PUT", "/api/v1/helpers/active", json={"helper": "numpyhelper"})
+async def _upload_package(api: _Api, package: bytes) -> None:
+    form = {"name": "digits", "helper": "numpyhelper", "description": "a perceptron for handwritten digits"}
+    await api.ask("POST", "/api/v1/packages/", files={"file": ("package.tgz", package)}, data=form)
+
+
+async def _upload_seed(api: _Api, seed: bytes) -> str:
     reply = await api.ask("POST", "/api/v1/models/", files={"file": ("seed.npz", seed)})
     return str(reply.json()["model_id"])
 
@@ -353,7 +376,7 @@ def locate_example() -> Path:
     """The folder of examples/digits: in the installed package, or in the repository of an editable install."""
     here = Path(__file__).resolve()
     for folder in (here.parent / "examples" / "digits", here.parents[2] / "examples" / "digits"):
-        if (folder / "client.py").is_file():
+        if (folder / "client" / "fedn.yaml").is_file():
             return folder
     raise DemoFailed("the digits example is missing from this installation")
 

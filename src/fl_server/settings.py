@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from fl_server.errors import Invalid
@@ -32,8 +32,21 @@ class Settings(BaseSettings):
     grpc_port: Port = Field(12080, description="gRPC, for the clients; 0: any free one")
     advertise_host: str = Field("", description="address that clients are told to dial; default: the one they called")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    durability: Literal["process", "host"] = Field(
-        "process", description="what an accepted update survives: the death of the process, or (fsync) of the host"
+    mongo_url: SecretStr = Field(SecretStr(""), description="mongodb://…: state is kept there; default: in data_dir")
+    mongo_database: str = Field("fedn-network", description="its name: FEDn's network id")
+    standby: bool = Field(False, description="waits while another server owns the state, and takes over when it dies")
+    s3_endpoint_url: str = Field("", description="http(s)://…: models are kept there; default: in data_dir")
+    s3_access_key: str = Field("", description="default: what AWS' clients would find")
+    s3_secret_key: SecretStr = SecretStr("")
+    s3_region: str = "us-east-1"
+    s3_model_bucket: str = Field("fedn-models", description="models; updates that are kept lie under updates/")
+    s3_context_bucket: str = Field("fedn-context", description="compute packages")
+    s3_prediction_bucket: str = Field("fedn-prediction", description="predictions")
+    s3_cache_bytes: Bytes = Field(8 * 2**30, description="files of S3 that are kept on local disk")
+    durability: Literal["process", "host", "site"] = Field(
+        "process",
+        description="what an accepted update survives: the death of the process, (fsync) of the host, "
+        "or the loss of the host (its bytes are in S3 as well)",
     )
     max_model_bytes: Bytes = Field(4 * 2**30, description="largest model, inflated")
     spool_max_bytes: Bytes = Field(64 * 2**30, description="uploads on disk; more wait until a round ends")
@@ -46,6 +59,9 @@ class Settings(BaseSettings):
         "small", description="auto: faster for one far client (51 against 16 MB/s at 50 ms), but 4 times the memory"
     )
     rejoin_window_s: Seconds = Field(60.0, description="after a restart, clients are expected back within this")
+    package_max_bytes: Bytes = Field(256 * 2**20, description="largest compute package, as it is uploaded")
+    package_unpacked_max_bytes: Bytes = Field(2**30, description="what a compute package may hold, unpacked")
+    telemetry_ttl_s: Seconds = Field(86_400.0, description="telemetry is kept for so long")
     drain_timeout_s: Seconds = Field(5.0, description="a stop waits so long for calls under way")
 
     @classmethod
@@ -70,7 +86,9 @@ class Settings(BaseSettings):
         except ValidationError as wrong:
             first = wrong.errors()[0]
             name = ".".join(map(str, first["loc"]))
-            raise Invalid(f"{name}: {first['input']!r}: {first['msg']}") from None
+            is_secret = cls.model_fields[name].annotation is SecretStr if name in cls.model_fields else False
+            given_value = "" if is_secret else f"{first['input']!r}: "
+            raise Invalid(f"{name}: {given_value}{first['msg']}") from None
         return loaded
 
 

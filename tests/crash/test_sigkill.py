@@ -37,7 +37,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def clients(api_url: str, shards: Path, folder: Path) -> AsyncIterator[list[asyncio.subprocess.Process]]:
     running = []
     for index in range(CLIENTS):
-        command = (str(DIGITS / "client.py"), "--api-url", api_url, "--data", str(shards), "--index", str(index))
+        command = (str(DIGITS / "callbacks.py"), "--api-url", api_url, "--data", str(shards), "--index", str(index))
         with (folder / f"client-{index}.log").open("ab") as log:
             running.append(await asyncio.create_subprocess_exec(sys.executable, *command, stdout=log, stderr=log))
     try:
@@ -132,11 +132,11 @@ async def final_model(server: ServerProcess, http: httpx.AsyncClient, session_id
 
 @pytest.fixture(scope="module")
 def seed() -> bytes:
-    sys.path.insert(0, str(DIGITS))
+    sys.path.insert(0, str(DIGITS / "client"))
     try:
         import model  # the example is no package
     finally:
-        sys.path.remove(str(DIGITS))
+        sys.path.remove(str(DIGITS / "client"))
     return encode(model.init(7))
 
 

@@ -100,7 +100,7 @@ async def test_a_signal_ends_the_demo_and_all_its_processes(tmp_path: Path, numb
     assert processes_of(tmp_path) == {}
 
 
-@pytest.mark.parametrize(("command", "name"), [("client.py", r"client \d"), ("fl_server.cli", "server")])
+@pytest.mark.parametrize(("command", "name"), [("fl_client.cli", r"client \d"), ("fl_server.cli", "server")])
 async def test_a_process_that_is_killed_is_named_and_ends_the_demo(tmp_path: Path, command: str, name: str) -> None:
     async with demo("--data-dir", tmp_path, "--rounds", 10_000, "--clients", 2) as process:
         await until_round_1_is_done(process)

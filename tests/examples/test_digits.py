@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.digits import data, model
+from examples.digits import data
+from examples.digits.client import model, shard
 
 EXAMPLE = Path(data.__file__).parent
 
@@ -20,10 +23,10 @@ def federate(*, seed: int, rounds: int = 10, clients: int = 5) -> model.Paramete
     parameters = model.init(seed)
     for number in range(1, rounds + 1):
         updates = [
-            model.train(parameters, *shard, settings, np.random.default_rng([seed, index, number]))
-            for index, shard in enumerate(shards)
+            model.train(parameters, *examples, settings, np.random.default_rng([seed, index, number]))
+            for index, examples in enumerate(shards)
         ]
-        weights = [len(shard.y) for shard in shards]
+        weights = [len(examples.y) for examples in shards]
         parameters = [
             np.average(np.stack(arrays), axis=0, weights=weights).astype(np.float32)
             for arrays in zip(*updates, strict=True)
@@ -51,9 +54,9 @@ def test_shards_are_disjoint_leave_out_the_test_split_and_use_up_the_rest(client
 @pytest.mark.parametrize(("seed", "clients"), [(7, 5), (3, 40), (4, 70)])
 def test_every_client_has_at_least_20_examples_some_of_them_for_validation(seed: int, clients: int) -> None:
     for index in range(clients):
-        shard = data.shard(index, clients, seed=seed)
-        assert len(shard.train.y) + len(shard.validation.y) >= data.SMALLEST_SHARD
-        assert len(shard.validation.y) >= 1
+        of_client = data.shard(index, clients, seed=seed)
+        assert len(of_client.train.y) + len(of_client.validation.y) >= data.SMALLEST_SHARD
+        assert len(of_client.validation.y) >= 1
     with pytest.raises(ValueError, match="clients: 72"):
         data.shard_indices(72)
 
@@ -74,11 +77,11 @@ def test_the_test_split_has_a_fifth_of_every_digit() -> None:
 
 
 def test_training_twice_gives_the_same_bytes_and_leaves_the_model_as_it_was() -> None:
-    shard = data.shard(0, 5).train
+    examples = data.shard(0, 5).train
     parameters = model.init(7)
 
     def trained(number: int) -> bytes:
-        update = model.train(parameters, *shard, model.TrainSettings(), np.random.default_rng([7, 0, number]))
+        update = model.train(parameters, *examples, model.TrainSettings(), np.random.default_rng([7, 0, number]))
         assert all(array.dtype == np.float32 for array in update)
         return b"".join(array.tobytes() for array in update)
 
@@ -94,15 +97,68 @@ def test_what_the_data_script_writes_is_what_the_clients_load(tmp_path: Path) ->
         timeout=60,
     )
     for index in range(3):
-        for written, direct in zip(data.load_shard(tmp_path, index), data.shard(index, 3, seed=1), strict=True):
-            np.testing.assert_array_equal(written.x, direct.x)
-            np.testing.assert_array_equal(written.y, direct.y)
-    np.testing.assert_array_equal(data.load_test_split(tmp_path).x, data.test_split().x)
+        direct = data.shard(index, 3, seed=1)
+        for split, examples in (("train", direct.train), ("validation", direct.validation)):
+            x, y = shard.load_file(tmp_path / f"client-{index}.npz", split)
+            np.testing.assert_array_equal(x, examples.x)
+            np.testing.assert_array_equal(y, examples.y)
+    with np.load(tmp_path / "test.npz") as test:
+        np.testing.assert_array_equal(test["x"], data.test_split().x)
 
 
-def test_loading_and_training_do_not_import_scikit_learn() -> None:
-    code = "import data, model, sys; assert not any(name.startswith(('sklearn', 'scipy')) for name in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, check=True, timeout=60)
+def run_entry_point(script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=EXAMPLE / "client",
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_entry_points_read_and_write_as_fedn_has_it(tmp_path: Path) -> None:
+    data.write(tmp_path, clients=2)
+    model.save(model.init(7), tmp_path / "in.npz")
+    (tmp_path / "in.npz-metadata").write_text('{"epochs": 1, "seed": 3}')
+    ours = {"DIGITS_DATA": str(tmp_path), "FL_CLIENT_NAME": "digits-1", "FL_ROUND": "4"}
+    for name in ("a.npz", "b.npz"):
+        ended = run_entry_point("train.py", tmp_path / "in.npz", tmp_path / name, **ours)
+        assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+    x, y = data.shard(1, 2).train
+    expected = model.train(model.init(7), x, y, model.TrainSettings(seed=3, epochs=1), np.random.default_rng([3, 1, 4]))
+    for ours_, theirs in zip(model.load(tmp_path / "a.npz"), expected, strict=True):
+        np.testing.assert_allclose(ours_, theirs, rtol=1e-4, atol=1e-6)  # another number of BLAS threads here
+    assert json.loads((tmp_path / "a.npz-metadata").read_text())["num_examples"] == len(y)
+
+    for script, made in (("validate.py", "metrics.json"), ("predict.py", "prediction.json")):
+        ended = run_entry_point(script, tmp_path / "a.npz", tmp_path / made, **ours)
+        assert ended.returncode == 0, ended.stderr
+    held_back = data.shard(1, 2).validation
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    digits = json.loads((tmp_path / "prediction.json").read_text())["digits"]
+    assert metrics["accuracy"] == np.mean(np.array(digits) == held_back.y)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"DIGITS_DATA": "/nowhere", "FL_CLIENT_NAME": "Ada"}, "which shard?"),
+        ({"DIGITS_DATA": "", "FL_CLIENT_NAME": "digits-0"}, "Set DIGITS_DATA"),
+        ({"DIGITS_DATA": "/nowhere", "FL_CLIENT_NAME": "digits-0"}, "/nowhere/client-0.npz is missing"),
+    ],
+)
+def test_a_client_without_its_shard_says_what_is_missing(variables: dict[str, str], message: str) -> None:
+    ended = run_entry_point("validate.py", "in", "out", **variables)
+    assert ended.returncode == 1
+    assert message in ended.stderr
+
+
+def test_training_does_not_import_scikit_learn() -> None:
+    code = "import train, sys; assert not any(name.startswith(('sklearn', 'scipy')) for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE / "client", check=True, timeout=60)
 
 
 def test_the_data_script_refuses_more_clients_than_it_has_examples_for(tmp_path: Path) -> None:

@@ -59,8 +59,7 @@ async def test_an_active_helper_is_no_package(tmp_path: Path) -> None:
 
 async def test_a_remote_client_hears_the_packages_helper(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
-        package = {"package_id": "p", "helper": "numpyhelper", "storage_file_name": "p.tgz", "active": True}
-        await api.insert(Collection.PACKAGES, **package)
+        await api.package()
         answer = await api.http.post(ADD, json={"name": "n", "package": "remote"})
         assert (answer.status_code, answer.json()["helper_type"]) == (200, "numpyhelper")
 
@@ -137,6 +136,10 @@ async def test_the_client_config_says_where_the_caller_found_this_server(tmp_pat
     async with serving(tmp_path) as api:
         config = (await api.http.get("/api/v1/clients/config?checksum=true")).json()
         assert config == {"network_id": "flserve", "discover_host": "server", "discover_port": 8092}
+        package = await api.package()
+        config = (await api.http.get("/api/v1/clients/config")).json()
+        assert config["checksum"] == package["checksum"]
+        assert "checksum" not in (await api.http.get("/api/v1/clients/config?checksum=false")).json()
 
 
 async def test_clients_online_are_counted_by_combiner(tmp_path: Path) -> None:
@@ -147,3 +150,17 @@ async def test_clients_online_are_counted_by_combiner(tmp_path: Path) -> None:
         for body in ({}, {"combiners": "combiner"}):
             answer = await api.http.post("/api/v1/combiners/clients/count", json=body)
             assert answer.json() == {"result": [{"id": "combiner", "count": 2}]}
+
+
+async def test_the_combiner_that_runs_here_stays_and_another_is_forgotten_once(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.scheduler.announce_combiner("combiner.example", 12080)
+        own = (await api.http.get("/api/v1/combiners/")).json()["result"][0]["combiner_id"]
+        kept = await api.http.delete(f"/api/v1/combiners/{own}")
+        assert (kept.status_code, kept.json()) == (409, {"message": "combiner combiner runs in this server"})
+        await api.insert(Collection.COMBINERS, combiner_id="old", name="old")
+        deleted = await api.http.delete("/api/v1/combiners/old")
+        assert (deleted.status_code, deleted.json()) == (200, {"message": "Combiner deleted"})
+        again = await api.http.delete("/api/v1/combiners/old")
+        assert (again.status_code, again.json()) == (404, {"message": "Entity with id: old not found"})
+        assert (await api.http.get("/api/v1/combiners/count")).json() == 1

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from fl_server.rest import feed as rest_feed
 from fl_server.rest.feed import EventStream
 from fl_server.scheduler.feed import Feed
+from tests.server.rest_world import serving
 
 PATIENCE_S = 10.0
 
@@ -58,7 +60,7 @@ async def test_an_event_is_told_with_its_number_kind_and_data() -> None:
     async with reading(feed) as reader:
         feed.tell("round", session_id="s", text="two\nlines")
         number, kind, data = (await reader.text()).removesuffix("\n\n").split("\n")
-        assert (number, kind) == ("id: 1500", "event: round")
+        assert (number, kind) == ("id: 1500000", "event: round")
         assert json.loads(data.removeprefix("data: ")) == {"session_id": "s", "text": "two\nlines", "at": 1.5}
         reader.left.set()
 
@@ -67,10 +69,35 @@ async def test_who_comes_again_with_the_last_number_misses_nothing() -> None:
     feed = _feed()
     for number in range(3):
         feed.tell("round", number=number)
-    async with reading(feed, after=1500) as reader:
-        assert (await reader.text()).startswith("id: 1501\n")
-        assert (await reader.text()).startswith("id: 1502\n")
+    async with reading(feed, after=1_500_000) as reader:
+        assert (await reader.text()).startswith("id: 1500001\n")
+        assert (await reader.text()).startswith("id: 1500002\n")
         reader.left.set()
+
+
+@pytest.mark.parametrize("after", [1_500_004, 10**15], ids=["of a former life", "of a life whose clock was ahead"])
+async def test_who_comes_with_a_number_of_a_former_life_hears_all_of_this_one(after: int) -> None:
+    before = _feed()
+    for number in range(5):
+        before.tell("round", number=number)
+    feed = Feed(lambda: 2.0)
+    feed.tell("round", number=5)
+    feed.tell("round", number=6)
+    async with reading(feed, after=after) as reader:
+        assert (await reader.text()).startswith("id: 2000000\n")
+        assert (await reader.text()).startswith("id: 2000001\n")
+        feed.tell("round", number=7)
+        assert (await reader.text()).startswith("id: 2000002\n")
+        reader.left.set()
+
+
+async def test_the_numbers_go_on_over_a_restart_of_the_server(tmp_path: Path) -> None:
+    ids: list[int] = []
+    for _ in range(2):
+        async with serving(tmp_path) as api, api.scheduler.feed.watch(after=0) as events:
+            await api.seed()
+            ids.append((await anext(events)).id)
+    assert ids[0] < ids[1]
 
 
 async def test_the_stream_ends_when_the_server_stops() -> None:
@@ -78,7 +105,7 @@ async def test_the_stream_ends_when_the_server_stops() -> None:
     async with reading(feed) as reader:
         feed.tell("session", status="Finished")
         feed.close()
-        assert (await reader.text()).startswith("id: 1500\n")
+        assert (await reader.text()).startswith("id: 1500000\n")
     assert (await reader.sent.get()) == {"type": "http.response.body", "body": b""}
 
 

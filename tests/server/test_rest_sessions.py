@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fl_server.rest.schemas import SessionObject
+from fl_server.rest.schemas import RunObject, SessionObject
+from fl_server.store.ports import Collection, Patch
 from tests.server.rest_world import Api, serving
 
 SESSIONS = "/api/v1/sessions/"
@@ -190,6 +191,80 @@ async def test_a_session_without_enough_clients_says_so_at_the_call(chosen: dict
         assert await _status(api, session) == "Created"
 
 
+async def test_a_session_whose_model_is_gone_is_not_started(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.attach("a")
+        for gone in ("bytes", "record"):
+            session = await api.session()
+            model_id = session["session_config"]["model_id"]
+            if gone == "bytes":
+                await api.scheduler.models.delete([model_id])
+            else:
+                await api.scheduler.store.delete(Collection.MODELS, model_id)
+            answer = await api.http.post(f"{SESSIONS}start", json={"session_id": session["session_id"]})
+            assert (answer.status_code, answer.json()) == (400, {"message": "Session seed model not found"})
+            assert await _status(api, session) == "Created"
+
+
+async def test_split_learning_is_not_here(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        answer = await api.http.post(f"{SESSIONS}start_splitlearning_session", json={"session_id": "s"})
+        assert (answer.status_code, answer.json()) == (501, {"message": "Split learning is not supported"})
+
+
+# ---- runs
+
+
+async def _runs(api: Api, session: dict[str, Any]) -> list[dict[str, Any]]:
+    found = await api.http.get(f"/api/v1/runs/?session_id={session['session_id']}", headers={"X-Sort-Order": "asc"})
+    return [RunObject.model_validate(run).model_dump() for run in found.json()["result"]]
+
+
+async def test_each_start_is_a_run_that_ends_with_the_session(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.attach("a")
+        session = await api.session()
+        assert await _runs(api, session) == []
+        path, model_id = f"{SESSIONS}{session['session_id']}", session["session_config"]["model_id"]
+        for number in (1, 2):
+            body = {"session_id": session["session_id"], "rounds": 2 + number, "round_timeout": 30}
+            await api.http.post(f"{SESSIONS}start", json=body)
+            run = (await _runs(api, session))[-1]
+            assert (run["model_id"], run["rounds"], run["round_timeout"]) == (model_id, 2 + number, 30)
+            assert (run["completed_at"], run["completed_at_model_id"]) == (None, None)
+            await api.http.patch(path, json={"status": "Terminated"})
+            ended = (await _runs(api, session))[-1]
+            assert (ended["run_id"], ended["completed_at_model_id"]) == (run["run_id"], model_id)
+            assert ended["completed_at"].endswith(" GMT")
+        assert len({run["run_id"] for run in await _runs(api, session)}) == 2
+
+
+async def test_a_restart_goes_on_with_the_run_and_makes_none(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        session = await _started(api)
+        runs = await _runs(api, session)
+    async with serving(tmp_path) as api:
+        assert await _runs(api, session) == runs
+        await api.http.patch(f"{SESSIONS}{session['session_id']}", json={"status": "Terminated"})
+        ended = await _runs(api, session)
+        assert [run["run_id"] for run in ended] == [run["run_id"] for run in runs]
+        assert ended[0]["completed_at"]
+
+
+async def test_what_a_crash_between_two_writes_left_out_of_the_runs_is_made_up(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        begun, ended = await _started(api), await _started(api)
+        runs = [await _runs(api, begun), await _runs(api, ended)]
+        await api.scheduler.store.delete(Collection.RUNS, runs[0][0]["run_id"])
+        await api.http.patch(f"{SESSIONS}{ended['session_id']}", json={"status": "Terminated"})
+        runs[1] = await _runs(api, ended)
+        undone = {"completed_at": None, "completed_at_model_id": None}
+        await api.scheduler.write([Patch(Collection.RUNS, runs[1][0]["run_id"], undone)])
+    async with serving(tmp_path) as api:
+        assert await _runs(api, begun) == runs[0]
+        assert await _runs(api, ended) == runs[1]
+
+
 async def test_a_session_may_wait_for_its_clients(tmp_path: Path) -> None:
     async with serving(tmp_path) as api:
         session = await api.session()
@@ -218,6 +293,47 @@ async def test_a_session_that_does_not_run_cannot_be_stopped(tmp_path: Path) -> 
         answer = await api.http.patch(path, json={"status": "Terminated", "name": "other"})
         assert answer.status_code == 409
         assert (await api.http.get(path)).json() == session
+
+
+async def test_a_patch_changes_the_keys_of_the_config_that_it_names_and_the_next_start_follows(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        await api.attach("a")
+        session = await api.session(clients_required=1, round_timeout=90, aggregator_kwargs={})
+        path = f"{SESSIONS}{session['session_id']}"
+        wanted = {"session_config": {"clients_required": 2, "buffer_size": 2}, "name": "other"}
+        patched = (await api.http.patch(path, json=wanted)).json()
+        assert patched["session_config"] == {**session["session_config"], "clients_required": 2, "buffer_size": 2}
+        assert (patched["name"], patched["seed_model_id"]) == ("other", session["seed_model_id"])
+        assert (await api.http.get(path)).json() == patched
+        refused = await api.http.post(f"{SESSIONS}start", json={"session_id": session["session_id"]})
+        message = "Number of available clients is lower than the required minimum of 2 (1 attached)"
+        assert (refused.status_code, refused.json()) == (400, {"message": message})
+
+
+async def test_a_put_replaces_the_whole_config(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        session = await api.session(clients_required=2, round_timeout=90)
+        path = f"{SESSIONS}{session['session_id']}"
+        put = (await api.http.put(path, json={"session_config": {"rounds": 7}})).json()["session_config"]
+        assert (put["rounds"], put["clients_required"], put["round_timeout"]) == (7, 1, 180)
+        assert put["model_id"] == session["session_config"]["model_id"]
+
+
+async def test_a_changed_config_is_there_after_a_restart(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        session = await api.session()
+        path = f"{SESSIONS}{session['session_id']}"
+        await api.http.patch(path, json={"session_config": {"rounds": 7}})
+    async with serving(tmp_path) as api:
+        assert (await api.http.get(path)).json()["session_config"]["rounds"] == 7
+
+
+async def test_a_session_is_not_stopped_and_reconfigured_in_one_request(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        session = await _started(api)
+        body = {"status": "Terminated", "session_config": {"rounds": 9}}
+        answer = await api.http.patch(f"{SESSIONS}{session['session_id']}", json=body)
+        assert (answer.status_code, await _status(api, session)) == (409, "Started")
 
 
 @pytest.mark.parametrize("method", ["PATCH", "PUT"])
@@ -266,7 +382,16 @@ WRONG_CHANGES: list[tuple[Any, str]] = [
     ({"status": 5}, "status: "),
     ({"name": 5}, "name: "),
     ({"committed_at": "now"}, "committed_at: "),
-    ({"session_config": {"rounds": 9}}, "session_config: "),
+    ({"session_config": {"rounds": 0}}, "rounds: "),
+    ({"session_config": {"rounds": "9"}}, "rounds: "),
+    ({"session_config": {"colour": "red"}}, "Invalid object: unknown key 'colour'"),
+    ({"session_config": {"aggregator": "nope"}}, "aggregator: "),
+    ({"session_config": {"helper_type": "nope"}}, "helper_type: "),
+    ({"session_config": {"server_functions": "class X: ..."}}, "server_functions: "),
+    ({"session_config": {"model_id": "other"}}, "model_id: cannot be changed"),
+    ({"session_config": [1], "name": "other"}, "session_config: "),
+    ({"session_config": {"rounds": 0}, "name": "other"}, "rounds: "),
+    ({"session_config": {"rounds": 9}, "status": "Finished"}, "status: "),
     (["name"], "body: "),
 ]
 

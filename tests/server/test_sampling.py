@@ -14,6 +14,11 @@ async def cohorts(world: World, session_id: str) -> list[list[str]]:
     return [found["fl"]["record"]["cohort"] for found in await world.rounds(session_id)]
 
 
+def too_few(needed: int, attached: int) -> str:
+    """FEDn's words, and how many there are."""
+    return f"Number of available clients is lower than the required minimum of {needed} ({attached} attached)"
+
+
 async def train_always(client: VirtualClient) -> None:
     while True:
         await client.train(await client.task(), 1)
@@ -78,10 +83,10 @@ async def test_who_comes_in_mid_round_takes_part_from_the_next_one(world: World)
 @on_virtual_time
 async def test_a_start_with_fewer_than_clients_required_is_refused_with_the_numbers(world: World) -> None:
     session_id = await world.session(min_clients=2)
-    assert await world.scheduler.start(session_id) == (Outcome.REFUSED, "0 of 2 clients attached")
+    assert await world.scheduler.start(session_id) == (Outcome.REFUSED, too_few(2, 0))
     a, b = await world.clients("a", "b")
     await b.leave()
-    assert await world.scheduler.start(session_id) == (Outcome.REFUSED, "1 of 2 clients attached")
+    assert await world.scheduler.start(session_id) == (Outcome.REFUSED, too_few(2, 1))
     assert (await world.ended(session_id)).status is Status.CREATED
     assert await world.rounds(session_id) == []
     await b.attach()
@@ -209,8 +214,8 @@ async def test_only_the_clients_that_are_named_take_part_also_when_others_come_l
 async def test_a_start_with_too_few_of_the_named_clients_is_refused(world: World) -> None:
     await world.clients("a", "b")
     session_id = await world.session(min_clients=2)
-    too_few = frozenset({ClientId("a"), ClientId("absent")})
-    assert await world.scheduler.start(session_id, client_ids=too_few) == (Outcome.REFUSED, "1 of 2 clients attached")
+    absent = frozenset({ClientId("a"), ClientId("absent")})
+    assert await world.scheduler.start(session_id, client_ids=absent) == (Outcome.REFUSED, too_few(2, 1))
     one = await world.scheduler.start(session_id, client_ids=frozenset({ClientId("a")}))
     assert one == (Outcome.REFUSED, "client_ids: 1, below clients_required 2")
 

@@ -68,6 +68,18 @@ async def test_a_second_stream_of_a_client_ends_the_first_with_aborted_and_gets_
             assert await result(federation, session_id) == 3
 
 
+async def test_an_sdk_client_whose_second_stream_replaced_its_first_is_still_known_by_its_name() -> None:
+    async with Federation() as federation, WireClient(port(federation), "id-1", name="Site") as client:
+        first = client.attach()
+        since = await online(federation, "id-1")
+        client.attach()
+        await online(federation, "id-1", after=since)
+        assert (await ending(first))[0] is grpc.StatusCode.ABORTED
+        await client.ask("Connector", "SendStatus", pb.Status(sender=pb.Client(name="Site"), status="here"))
+        found = await stored(federation, "statuses")
+        assert found[-1]["sender"] == {"name": "Site", "role": "OTHER", "client_id": "id-1"}
+
+
 async def test_a_client_that_comes_back_gets_its_open_task_again_and_no_closed_one() -> None:
     async with Federation() as federation, clients(federation, "a", "b") as (a, b):
         session_id = await started(federation, rounds=2)

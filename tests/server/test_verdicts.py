@@ -3,6 +3,7 @@ and after a restart of the server. What is not accepted is in no model, and noth
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
@@ -249,6 +251,29 @@ async def test_a_deflated_npz_counts_as_a_stored_one() -> None:
             models.append(await federation.parameters(session["session_config"]["model_id"]))
     assert all(np.array_equal(stored, inflated) for stored, inflated in zip(*models, strict=True))
     assert models[0][0].dtype == np.float32
+
+
+async def test_a_report_that_is_sent_again_while_the_first_is_being_checked_is_accepted_too_and_counted_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copies: list[Path] = []
+    check = codec.check_update
+
+    def noted(path: Path, expected: codec.Layout | None, **said: Any) -> str | None:
+        if expected is not None:  # not the seed
+            copies.append(said["stored_copy"])
+        return check(path, expected, **said)
+
+    monkeypatch.setattr(codec, "check_update", noted)
+    async with Federation() as federation, clients(federation, "a", "b") as everybody:
+        session_id = await started(federation)
+        for client, value in zip(everybody, (1, 3), strict=True):
+            task = await client.task()
+            await client.upload(deflated(filled(value)), "u")
+            replies = await asyncio.gather(*(client.report(task, "u") for _ in range(8)))
+            assert {said(reply, "u", client.id) for reply in replies} == {("accepted", "")}
+        assert await result(federation, session_id) == 2
+    assert len(set(copies)) == len(copies), "two checks wrote the same file"
 
 
 async def test_another_dtype_is_counted_and_the_model_keeps_its_own() -> None:

@@ -1,11 +1,12 @@
-"""What every BlobStore promises, outcome by outcome. A new adapter is one more entry of PLACES."""
+"""What every BlobStore promises, outcome by outcome. A new adapter is one more parameter."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+import uuid
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,17 +15,9 @@ import pytest
 from fl_server.errors import Missing
 from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import BlobStore
+from fl_server.store.s3 import S3, S3BlobStore
 
 KEY = "0b2e-model_1.npz"
-
-
-async def open_files(folder: Path, executor: Executor) -> BlobStore:
-    store = FileBlobStore(folder / "blobs", executor)
-    await store.open()
-    return store
-
-
-PLACES: dict[str, Callable[[Path, Executor], Awaitable[BlobStore]]] = {"files": open_files}
 
 
 @pytest.fixture
@@ -34,9 +27,21 @@ def executor() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-@pytest.fixture(params=PLACES)
-async def store(request: pytest.FixtureRequest, tmp_path: Path, executor: Executor) -> BlobStore:
-    return await PLACES[request.param](tmp_path, executor)
+@pytest.fixture(params=["files", "s3"])
+def unopened(request: pytest.FixtureRequest, tmp_path: Path, executor: Executor) -> FileBlobStore | S3BlobStore:
+    if request.param == "files":
+        return FileBlobStore(tmp_path / "blobs", executor)
+    server: S3 = request.getfixturevalue("s3_server")
+    # one bucket for all tests, as a new one costs seconds; each has a folder in it
+    return S3BlobStore(server, "fl-test", tmp_path / "c", executor, cache_bytes=2**30, prefix=f"{uuid.uuid4()}/")
+
+
+@pytest.fixture
+async def store(unopened: FileBlobStore | S3BlobStore) -> AsyncIterator[BlobStore]:
+    await unopened.open()
+    yield unopened
+    if isinstance(unopened, S3BlobStore):
+        await unopened.close()
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fl_server.errors import Corrupt, Owned, Unavailable
-from fl_server.store.ports import Collection, Condition, Put, Query
-from fl_server.store.sqlite import INDEXED, SCHEMA_VERSION, SqliteStateStore, find_sql
+from fl_server.store.ports import INDEXED, Collection, Condition, Put, Query
+from fl_server.store.sqlite import SCHEMA_VERSION, SqliteStateStore, find_sql
 
 OWNER = """
 import asyncio, sys

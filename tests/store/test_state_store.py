@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import os
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any, Protocol
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from motor.motor_asyncio import AsyncIOMotorClient
 
 from fl_server.errors import Owned
+from fl_server.store.mongo import MongoStateStore
 from fl_server.store.ports import (
     ID_FIELD,
     Collection,
@@ -35,6 +39,9 @@ class Place(Protocol):
 
     def connect(self) -> StateStore: ...
 
+    async def clear(self) -> None:
+        """Nothing is stored there."""
+
 
 class SqlitePlace:
     def __init__(self, folder: Path, executor: Executor) -> None:
@@ -43,20 +50,51 @@ class SqlitePlace:
     def connect(self) -> StateStore:
         return SqliteStateStore(self.folder / "state.db", self.executor)
 
+    async def clear(self) -> None:
+        """The folder is new."""
 
-PLACES = {"sqlite": SqlitePlace}
+
+class MongoPlace:
+    """One database for all tests: its indexes take longer than a test."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def connect(self) -> StateStore:
+        return MongoStateStore(self.url, MONGO_DATABASE)
+
+    async def clear(self) -> None:
+        client: AsyncIOMotorClient[Document] = AsyncIOMotorClient(self.url, timeoutMS=10_000)
+        database = client[MONGO_DATABASE]
+        for name in await database.list_collection_names():
+            await database[name].delete_many({})
+        client.close()
 
 
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest, tmp_path: Path, executor: Executor) -> Place:
-    return PLACES[request.param](tmp_path, executor)
+MONGO_DATABASE = f"fl-test-{os.getpid()}"
+
+
+@pytest.fixture(params=["sqlite", "mongo"])
+def any_place(request: pytest.FixtureRequest, tmp_path: Path, executor: Executor) -> Place:
+    if request.param == "mongo":
+        return MongoPlace(request.getfixturevalue("mongo_url"))
+    return SqlitePlace(tmp_path, executor)
+
+
+@pytest.fixture
+async def place(any_place: Place) -> Place:
+    await any_place.clear()
+    return any_place
 
 
 @pytest.fixture
 async def store(place: Place) -> AsyncIterator[StateStore]:
     store = place.connect()
     await store.open("the test")
+    keeping = asyncio.create_task(store.keep())
     yield store
+    keeping.cancel()
+    await asyncio.wait([keeping])
     await store.close()
 
 
@@ -116,6 +154,23 @@ async def test_delete_says_whether_there_was_one(store: StateStore) -> None:
     assert await store.delete(CLIENTS, "c")
     assert not await store.delete(CLIENTS, "c")
     assert await store.get(CLIENTS, "c") is None
+
+
+async def test_delete_where_takes_the_first_inserted_and_no_more_than_it_may(store: StateStore) -> None:
+    await store.append(STATUSES, [status(id, data=number) for number, id in enumerate("abcde")])
+    old = (Condition("data", "lt", 4),)
+    assert await store.delete_where(STATUSES, old, 3) == 3
+    assert await ids(store) == ["d", "e"]
+    assert await store.delete_where(STATUSES, old, 3) == 1
+    assert await store.delete_where(STATUSES, old, 3) == 0
+    assert await ids(store) == ["e"]
+
+
+async def test_delete_where_leaves_other_collections_and_takes_all_without_a_condition(store: StateStore) -> None:
+    await store.append(STATUSES, [status("a"), status("b")])
+    await store.insert(CLIENTS, {"client_id": "a"})
+    assert await store.delete_where(STATUSES, (), 10) == 2
+    assert await store.count(CLIENTS) == 1
 
 
 async def test_a_document_that_comes_again_after_its_deletion_is_the_last(store: StateStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -42,8 +43,14 @@ class CombinerServer:
 
     async def start(self, host: str, port: int) -> int:
         """Listens; returns the port (port 0: a free one). Raises Unavailable if it is taken."""
+        is_v6 = ":" in host
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            # tried first by ourselves: gRPC writes lines of its own to stderr when it fails
+            with socket.create_server((host, port), family=socket.AF_INET6 if is_v6 else socket.AF_INET):
+                pass
+            bound = self._server.add_insecure_port(f"[{host}]:{port}" if is_v6 else f"{host}:{port}")
+        except OSError as taken:
+            raise Unavailable(f"gRPC port {port} on {host} is taken: {taken.strerror or taken}") from taken
         except RuntimeError as taken:
             raise Unavailable(f"gRPC port {port} on {host} is taken: {taken}") from taken
         await self._server.start()

@@ -9,9 +9,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Executor
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -23,9 +21,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core.model import InvalidConfig
 from ..errors import FlserveError, Invalid
+from ..scheduler.packages import Packages
 from ..scheduler.scheduler import Scheduler
-from . import clients, combiners, feed, models, records, sessions
-from .bodies import BoundedRoute
+from . import clients, combiners, feed, legacy, models, packages, records, reports, sessions
+from .bodies import BoundedRoute, Desk
 from .schemas import ControllerStatus, Failure, Readiness, problem
 
 logger = logging.getLogger(__name__)
@@ -37,15 +36,9 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    scheduler: Scheduler,
-    *,
-    spool_folder: Path,
-    kernel: Executor,
-    disk: Executor,
-    advertise: Callable[[], tuple[str, int]],
-    max_model_bytes: int,
+    scheduler: Scheduler, kept: Packages, desk: Desk, *, advertise: Callable[[], tuple[str, int]]
 ) -> FastAPI:
-    """advertise: host and port at which clients reach the combiner. max_model_bytes: of a model's arrays, inflated."""
+    """advertise: host and port at which clients reach the combiner."""
     app = FastAPI(
         title="flserve",
         description="The REST API of FEDn 0.33, and what flserve adds to it.",
@@ -55,16 +48,18 @@ def create_app(
         responses=_FAILURES,
     )
     # before the entities' own: /models/active is no model's id
-    app.include_router(clients.routes(scheduler, advertise))
+    join = clients.joining(scheduler, kept, advertise)
+    app.include_router(clients.routes(scheduler, kept, join))
     app.include_router(combiners.routes(scheduler))
-    app.include_router(
-        models.routes(scheduler, spool_folder=spool_folder, kernel=kernel, disk=disk, max_model_bytes=max_model_bytes)
-    )
-    app.include_router(models.helper_routes(scheduler))
-    app.include_router(sessions.routes(scheduler))
+    app.include_router(models.routes(scheduler, desk))
+    app.include_router(models.helper_routes(kept))
+    app.include_router(packages.routes(kept, desk))
+    app.include_router(sessions.routes(scheduler, kept))
+    app.include_router(reports.routes(scheduler))
     app.include_router(feed.routes(scheduler.feed))
-    for router in records.every_entity(scheduler, disk):
+    for router in records.every_entity(scheduler, desk.disk):
         app.include_router(router)
+    app.include_router(legacy.routes(join))
     app.include_router(_standing(scheduler))
     app.add_exception_handler(FlserveError, _answer_ours)
     app.add_exception_handler(InvalidConfig, _answer_invalid_config)

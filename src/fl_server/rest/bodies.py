@@ -1,4 +1,4 @@
-"""How request bodies enter: JSON of bounded size and depth, and forms whose file goes to disk as it comes.
+"""How bodies come and go: JSON of bounded size and depth, forms whose file goes to disk as it comes, files from disk.
 
 Nothing that JSON has no word for (NaN, half a surrogate) gets past this file, so that whatever is stored can be shown.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Coroutine
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -17,13 +20,14 @@ from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.types import Receive, Scope, Send
 
-from ..errors import Invalid
+from ..errors import Invalid, Unavailable
 
 MAX_JSON_BYTES = 1 << 20
 MAX_JSON_DEPTH = 64
 MAX_FORM_TEXT_BYTES = 1 << 16  # all text of a form together, its part headers included
-_WRITE_BYTES = 1 << 20
+_WRITE_BYTES = _READ_BYTES = 1 << 20
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -100,6 +104,7 @@ class _Parts:
 
     def __init__(self, file_field: str) -> None:
         self.file_field = file_field
+        self.file_name = ""
         self.file_seen = False
         self.file_bytes = bytearray()
         self.fields: dict[str, str] = {}
@@ -131,6 +136,7 @@ class _Parts:
             if self.file_seen:
                 raise Invalid(f"{self.file_field}: given twice")
             self.file_seen = True
+            self.file_name = options.get(b"filename", b"").decode("utf-8", "replace")
         elif b"filename" in options:
             raise Invalid(f"{self.file_field}: missing; a file came as {self._field[:100]!r}")
 
@@ -157,13 +163,51 @@ class _Parts:
         return text
 
 
-async def receive_form(
-    request: Request, *, file_field: str, target: Path, disk: Executor, max_file_bytes: int
-) -> dict[str, str]:
-    """The form's text fields, once its file is in `target` (not synced). The caller removes it when this raises.
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A form whose file is on disk (not synced), under a name that is no other's."""
 
-    Raises Invalid if the form is broken, has no such file, or a larger one.
-    """
+    path: Path
+    file_name: str  # as the sender calls it
+    fields: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Where uploads lie while they are checked, who reads and checks them, and how large they may be."""
+
+    folder: Path
+    kernel: Executor
+    disk: Executor
+    max_model_bytes: int  # of a model's arrays, inflated
+    max_package_bytes: int  # of a compute package, as it comes
+    max_unpacked_bytes: int  # of all that is in one
+
+    @asynccontextmanager
+    async def receive(self, request: Request, file_field: str, max_file_bytes: int) -> AsyncIterator[Upload]:
+        """Whatever begins with the file's name is removed at the end.
+
+        Raises Invalid if the form is broken, has no such file, or a larger one; Unavailable if the disk fails.
+        """
+        path = self.folder / uuid.uuid4().hex
+        try:
+            yield await _receive_form(
+                request, file_field=file_field, target=path, disk=self.disk, max_file_bytes=max_file_bytes
+            )
+        except OSError as exc:
+            raise Unavailable(f"the upload could not be written: {exc}") from exc
+        finally:
+            await asyncio.get_running_loop().run_in_executor(self.disk, _remove, path)
+
+
+def _remove(path: Path) -> None:
+    for beside in path.parent.glob(f"{path.name}*"):
+        beside.unlink(missing_ok=True)
+
+
+async def _receive_form(
+    request: Request, *, file_field: str, target: Path, disk: Executor, max_file_bytes: int
+) -> Upload:
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise Invalid(f"{file_field}: send it as multipart/form-data")
@@ -202,4 +246,33 @@ async def receive_form(
         raise Invalid("form: it ends too early")
     if not parts.file_seen:
         raise Invalid(f"{file_field}: missing")
-    return parts.fields
+    return Upload(target, parts.file_name, parts.fields)
+
+
+# ---- files that go out
+
+
+def _open(path: Path) -> tuple[BinaryIO, int]:
+    file = path.open("rb")
+    return file, path.stat().st_size
+
+
+class FileBytes(Response):
+    """A local file as an attachment, read in the disk executor (Starlette's own uses the default pool)."""
+
+    def __init__(self, path: Path, name: str, disk: Executor, media_type: str = "application/octet-stream") -> None:
+        super().__init__(media_type=media_type)
+        self._path, self._name, self._disk = path, name, disk
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        file, size_bytes = await loop.run_in_executor(self._disk, _open, self._path)
+        try:
+            self.headers["content-length"] = str(size_bytes)
+            self.headers["content-disposition"] = f"attachment; filename={self._name}"
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            while block := await loop.run_in_executor(self._disk, file.read, _READ_BYTES):
+                await send({"type": "http.response.body", "body": block, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            file.close()

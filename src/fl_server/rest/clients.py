@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from ..core.model import ClientId
 from ..errors import Invalid, NotFound, Unavailable
+from ..scheduler.packages import Packages
 from ..scheduler.scheduler import Scheduler
-from ..store.ports import Collection, Condition, Document, Query
+from ..store.ports import Collection, Condition
 from .bodies import BoundedRoute
 from .records import answered
 from .schemas import AddClient, Assignment, ClientConfig, Failure, Message
@@ -20,22 +21,17 @@ NETWORK_ID = "flserve"
 ADD_S = 5.0  # a FEDn client gives up after 10
 RETRY_STATUS = 203  # FEDn's clients come again 3 s after it
 
+Join = Callable[[AddClient, Request], Awaitable[Response]]
 
-def routes(scheduler: Scheduler, advertise: Callable[[], tuple[str, int]]) -> APIRouter:
+
+def joining(scheduler: Scheduler, packages: Packages, advertise: Callable[[], tuple[str, int]]) -> Join:
     """advertise: host and port at which clients reach the combiner; no host: the one by which they called."""
-    router = APIRouter(prefix="/api/v1/clients", tags=["clients"], route_class=BoundedRoute)
 
-    @router.post(
-        "/add",
-        response_model=Assignment,
-        operation_id="add_client",
-        responses={RETRY_STATUS: {"model": Failure, "description": "not now: ask again in a few seconds"}},
-    )
-    async def add(body: AddClient, request: Request) -> Response:
+    async def join(body: AddClient, request: Request) -> Response:
         try:
             if reason := scheduler.unready():
                 return _retry(reason)
-            package = await _active_package(scheduler)
+            package = await packages.active()
             if body.package == "remote" and package is None:
                 return _retry("No compute package found. Set package in controller.")
             preferred = body.combiner_preferred or body.preferred_combiner or None
@@ -65,16 +61,37 @@ def routes(scheduler: Scheduler, advertise: Callable[[], tuple[str, int]]) -> AP
             }
         )
 
-    @router.get("/config", response_model=ClientConfig, operation_id="get_client_config")
-    async def config(request: Request) -> Response:
-        """How a client finds this server: the address by which the caller did."""
+    return join
+
+
+def routes(scheduler: Scheduler, packages: Packages, join: Join) -> APIRouter:
+    router = APIRouter(prefix="/api/v1/clients", tags=["clients"], route_class=BoundedRoute)
+
+    @router.post(
+        "/add",
+        response_model=Assignment,
+        operation_id="add_client",
+        responses={RETRY_STATUS: {"model": Failure, "description": "not now: ask again in a few seconds"}},
+    )
+    async def add(body: AddClient, request: Request) -> Response:
+        return await join(body, request)
+
+    @router.get(
+        "/config", response_model=ClientConfig, response_model_exclude_none=True, operation_id="get_client_config"
+    )
+    async def config(request: Request, checksum: bool = True) -> Response:
+        """How a client finds this server: the address by which the caller did. And the active package's checksum."""
         url = request.url
         port = url.port or (443 if url.scheme == "https" else 80)
-        return JSONResponse({"network_id": NETWORK_ID, "discover_host": url.hostname, "discover_port": port})
+        answer = {"network_id": NETWORK_ID, "discover_host": url.hostname, "discover_port": port}
+        if checksum and (package := await packages.active()):
+            answer["checksum"] = package["fl"]["sha256"]
+        return JSONResponse(answer)
 
     @router.delete("/{id}", response_model=Message, operation_id="delete_client")
     async def delete(id: str) -> Response:
-        if not await answered(scheduler.insist(lambda: scheduler.store.delete(Collection.CLIENTS, id))):
+        """Forgets what is recorded of it; a client that is attached stays so, and is noted again."""
+        if not await answered(scheduler.remove_client(id)):
             raise NotFound(f"Entity with id: {id} not found")
         return JSONResponse({"message": "Client deleted"})
 
@@ -83,10 +100,3 @@ def routes(scheduler: Scheduler, advertise: Callable[[], tuple[str, int]]) -> AP
 
 def _retry(reason: str) -> Response:
     return JSONResponse({"success": False, "status": "retry", "message": reason}, RETRY_STATUS)
-
-
-async def _active_package(scheduler: Scheduler) -> Document | None:
-    # a helper alone, set through helpers/active, is no package: there is nothing to download
-    where = (Condition("active", "eq", True), Condition("storage_file_name", "ne", None))
-    packages = await scheduler.store.find(Collection.PACKAGES, Query(where, limit=1))
-    return packages[0] if packages else None

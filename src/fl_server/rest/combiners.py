@@ -5,11 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
+from ..errors import NotFound
 from ..scheduler.scheduler import Scheduler
 from ..store.ports import Collection, Condition, Query
 from .bodies import BoundedRoute
 from .queries import Filters
-from .schemas import ClientsPerCombiner
+from .records import answered
+from .schemas import ClientsPerCombiner, Message
 
 
 def routes(scheduler: Scheduler) -> APIRouter:
@@ -29,5 +31,12 @@ def routes(scheduler: Scheduler) -> APIRouter:
             where = (Condition("combiner", "eq", name), Condition("status", "eq", "online"))
             counts.append({"id": name, "count": await scheduler.store.count(Collection.CLIENTS, where)})
         return JSONResponse({"result": counts})
+
+    @router.delete("/{id}", response_model=Message, operation_id="delete_combiner")
+    async def delete(id: str) -> Response:
+        """Forgets one that runs no more."""
+        if not await answered(scheduler.remove_combiner(id)):
+            raise NotFound(f"Entity with id: {id} not found")
+        return JSONResponse({"message": "Combiner deleted"})
 
     return router

@@ -7,23 +7,21 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import uuid
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
 
 from fl_client.wire import codec
 
-from ..errors import Invalid, RequestError, Unavailable
+from ..errors import Invalid, RequestError
+from ..scheduler.packages import Packages
 from ..scheduler.scheduler import Scheduler
 from ..store import ports
 from ..store.ports import Collection, Condition, Document
-from .bodies import BoundedRoute, receive_form
+from .bodies import BoundedRoute, Desk, FileBytes
 from .queries import MAX_PAGE
 from .records import answered, changes, found
 from .schemas import (
@@ -43,7 +41,6 @@ from .schemas import (
 TRAIL_LENGTH = 10  # FEDn's, when no X-Limit is sent
 MAX_PARAMETERS_BYTES = 64 << 20  # as numbers in JSON a model is about five times larger; above: download it
 ZIP_BYTES = 1 << 20  # what an npz of the largest model may need besides its arrays
-_READ_BYTES = 1 << 20
 
 TrailLimit = Annotated[int | None, Header(alias="X-Limit", description=f"models at most; {TRAIL_LENGTH} if absent")]
 _FORM = {
@@ -66,10 +63,7 @@ _FORM = {
 }
 
 
-def routes(
-    scheduler: Scheduler, *, spool_folder: Path, kernel: Executor, disk: Executor, max_model_bytes: int
-) -> APIRouter:
-    """max_model_bytes: of a model's arrays, inflated."""
+def routes(scheduler: Scheduler, desk: Desk) -> APIRouter:
     router = APIRouter(prefix="/api/v1/models", tags=["models"], route_class=BoundedRoute)
     loop = asyncio.get_running_loop
 
@@ -82,21 +76,15 @@ def routes(
     )
     async def add(request: Request) -> Response:
         """A model to start sessions from. Its arrays keep their order; arr_0, arr_1, … become 0, 1, …"""
-        stem = uuid.uuid4().hex
-        upload, seed = spool_folder / f"{stem}.seed.part", spool_folder / f"{stem}.seed"
+        limit = desk.max_model_bytes
         try:
-            fields = await receive_form(
-                request, file_field="file", target=upload, disk=disk, max_file_bytes=max_model_bytes + ZIP_BYTES
-            )
-            form = checked(ModelForm, fields)
-            sha256 = await loop().run_in_executor(kernel, _store_checked, upload, seed, max_model_bytes)
-            document = await answered(scheduler.add_model(seed, name=form.name or None, sha256=sha256))
+            async with desk.receive(request, "file", limit + ZIP_BYTES) as upload:
+                form = checked(ModelForm, upload.fields)
+                seed = upload.path.with_suffix(".seed")
+                sha256 = await loop().run_in_executor(desk.kernel, _store_checked, upload.path, seed, limit)
+                document = await answered(scheduler.add_model(seed, name=form.name or None, sha256=sha256))
         except Invalid as wrong:
             return JSONResponse({"success": False, "message": str(wrong)}, 400)
-        except OSError as exc:
-            raise Unavailable(f"the upload could not be written: {exc}") from exc
-        finally:
-            await loop().run_in_executor(disk, _remove, upload, seed)
         answer = {"success": True, "message": "Model added successfully", "model_id": document["model"]}
         return JSONResponse(answer)
 
@@ -137,13 +125,13 @@ def routes(
     async def download(id: str) -> Response:
         document = await found(scheduler, MODELS, id)
         path = await scheduler.models.local(document["model"])
-        return FileBytes(path, document["model"], disk)
+        return FileBytes(path, document["model"], desk.disk)
 
     @router.get("/{id}/parameters", response_model=Parameters, operation_id="get_model_parameters")
     async def parameters(id: str) -> Response:
         document = await found(scheduler, MODELS, id)
         path = await scheduler.models.local(document["model"])
-        text = await loop().run_in_executor(kernel, _parameters_json, path)
+        text = await loop().run_in_executor(desk.kernel, _parameters_json, path)
         return Response(text, media_type="application/json")
 
     @router.get("/{id}/ancestors", response_model=list[ModelObject], operation_id="list_model_ancestors")
@@ -201,25 +189,29 @@ def routes(
     return router
 
 
-def helper_routes(scheduler: Scheduler) -> APIRouter:
+def helper_routes(packages: Packages) -> APIRouter:
     router = APIRouter(prefix="/api/v1/helpers", tags=["helpers"], route_class=BoundedRoute)
 
     @router.get("/active", response_model=str, operation_id="get_active_helper")
     async def get() -> Response:
-        helper = await answered(scheduler.active_helper())
+        helper = await packages.helper()
         if helper is None:
             raise RequestError("No active helper")  # 400, where FEDn's 404 makes its own start_session give up
         return JSONResponse(helper)
 
     @router.put("/active", response_model=Message, operation_id="set_active_helper")
     async def put(body: ActiveHelper) -> Response:
-        if body.helper not in codec.HELPERS:
-            known = ", ".join(sorted(codec.HELPERS))
-            raise Invalid(f"helper: {body.helper!r} is unknown; known: {known}")
-        await answered(scheduler.set_active_helper(body.helper))
+        await answered(packages.set_helper(known_helper(body.helper)))
         return JSONResponse({"message": "Active helper set"})
 
     return router
+
+
+def known_helper(helper: str) -> str:
+    """It. Raises Invalid if there is no such helper."""
+    if helper not in codec.HELPERS:
+        raise Invalid(f"helper: {helper[:100]!r} is unknown; known: {', '.join(sorted(codec.HELPERS))}")
+    return helper
 
 
 async def _trail(
@@ -261,34 +253,3 @@ def _parameters_json(path: Path) -> bytes:
         raise RequestError(f"the model is larger than {MAX_PARAMETERS_BYTES} bytes: download it")
     with codec.open_npz(path, max_bytes=MAX_PARAMETERS_BYTES) as npz:
         return json.dumps({"array": [array.tolist() for array in npz.arrays()]}).encode()
-
-
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
-
-
-def _open(path: Path) -> tuple[BinaryIO, int]:
-    file = path.open("rb")
-    return file, path.stat().st_size
-
-
-class FileBytes(Response):
-    """A local file as an attachment, read in the disk executor (Starlette's own uses the default pool)."""
-
-    def __init__(self, path: Path, name: str, disk: Executor) -> None:
-        super().__init__(media_type="application/octet-stream")
-        self._path, self._name, self._disk = path, name, disk
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        loop = asyncio.get_running_loop()
-        file, size_bytes = await loop.run_in_executor(self._disk, _open, self._path)
-        try:
-            self.headers["content-length"] = str(size_bytes)
-            self.headers["content-disposition"] = f"attachment; filename={self._name}"
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            while block := await loop.run_in_executor(self._disk, file.read, _READ_BYTES):
-                await send({"type": "http.response.body", "body": block, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-        finally:
-            file.close()

@@ -79,7 +79,11 @@ def routes(scheduler: Scheduler, entity: Entity, disk: Executor) -> APIRouter:
     shape: Any = entity.shape  # a value, not a type, to mypy
     page: Any = Page[shape]
 
+    async def counted(where: tuple[Condition, ...]) -> Response:
+        return JSONResponse(await scheduler.store.count(entity.collection, (*entity.where, *where)))
+
     async def listed(where: tuple[Condition, ...], paging: Paging) -> Response:
+        where = (*entity.where, *where)
         query = paging.query(entity, where)
         count = await scheduler.store.count(entity.collection, where)
         documents = await scheduler.store.find(entity.collection, query)
@@ -96,12 +100,11 @@ def routes(scheduler: Scheduler, entity: Entity, disk: Executor) -> APIRouter:
 
     @router.get("/count", response_model=int, operation_id=f"count_{entity.noun}", description=_FILTERS)
     async def count(request: Request) -> Response:
-        where = conditions_of_query(entity, request.query_params.multi_items())
-        return JSONResponse(await scheduler.store.count(entity.collection, where))
+        return await counted(conditions_of_query(entity, request.query_params.multi_items()))
 
     @router.post("/count", response_model=int, operation_id=f"count_{entity.noun}_by", openapi_extra=_BODY_FILTERS)
     async def count_by(filters: Filters) -> Response:
-        return JSONResponse(await scheduler.store.count(entity.collection, conditions_of_body(entity, filters)))
+        return await counted(conditions_of_body(entity, filters))
 
     @router.get("/{id}", response_model=shape, operation_id=f"get_{entity.singular}_by_id")
     async def get(id: str) -> Response:

@@ -11,15 +11,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from email.utils import formatdate
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
 from pydantic_core import PydanticCustomError
 
 from ..core.model import LONGEST_DURATION_S, ClientId, SessionConfig
 from ..errors import Invalid
-from ..store.ports import ID_FIELD, Collection, Document
+from ..scheduler.packages import ARE_PACKAGES
+from ..store.ports import ID_FIELD, Collection, Condition, Document
 
 DEFAULT_ROUNDS = 5  # FEDn's APIClient.start_session
 
@@ -68,10 +70,26 @@ def _required_session_id(value: object) -> object:
     return value
 
 
+def _required_client_ids(value: object) -> object:
+    if value is None or value == []:
+        raise PydanticCustomError("fedn_text", "Missing required field: client_ids")
+    return value
+
+
+def _utc(text: str) -> str:
+    try:
+        date = datetime.fromisoformat(text)
+        date = date.astimezone(UTC) if date.tzinfo else date.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise PydanticCustomError("iso_date", "a date as ISO 8601 needed") from None
+    return date.isoformat().replace("+00:00", "Z")
+
+
 Text = Annotated[str, Field(max_length=256), AfterValidator(_plain)]
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_plain)]
 WireId = Annotated[str, Field(max_length=256), AfterValidator(_plain), AfterValidator(_header_safe)]
 NewSessionId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
+Timestamp = Annotated[str, AfterValidator(_utc)]
 Count = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_DURATION_S), AfterValidator(_as_sent)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=LONGEST_DURATION_S), AfterValidator(_as_sent)]
@@ -147,6 +165,44 @@ class ModelForm(Body):
     name: Text | None = None
 
 
+class PackageForm(Body):
+    name: Text | None = None
+    helper: Text
+    description: Annotated[str, Field(max_length=4096)] = ""
+
+
+class PackageFile(Body):
+    file: Name
+
+
+class ActivePackage(Body):
+    id: Text
+
+
+class Sender(Body):
+    name: Text | None = None
+    role: Literal["OTHER", "CLIENT", "COMBINER", "REDUCER"] = "CLIENT"
+    client_id: WireId | None = None
+
+
+class AddAttribute(Body):
+    key: Name
+    value: Annotated[str, Field(max_length=1 << 16)]
+    sender: Sender
+    timestamp: Timestamp | None = Field(None, description="ISO 8601; the server's time if absent")
+
+
+class AddTelemetry(Body):
+    key: Name
+    value: Annotated[float, Field(allow_inf_nan=False)]
+    sender: Sender
+    timestamp: Timestamp | None = Field(None, description="ISO 8601; the server's time if absent")
+
+
+class ChosenClients(Body):
+    client_ids: Annotated[list[Text], BeforeValidator(_required_client_ids)] = Field([], validate_default=True)
+
+
 class ActiveHelper(Body):
     helper: Text
 
@@ -159,11 +215,17 @@ class ChangeModel(BaseModel):
 
 
 class ChangeSession(BaseModel):
-    """The name, and `status` "Terminated", which stops the session; other keys may come along unchanged."""
+    """The name; `status` "Terminated", which stops the session; the configuration of a session that does not run.
+
+    Other keys may come along unchanged.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
     name: Text | None = None
     status: Text | None = None
+    session_config: JsonObject | None = Field(
+        None, description="as at creation, without another model_id; in a PATCH the keys that are to change"
+    )
 
 
 def session_config(body: SessionConfigBody, helper: str) -> SessionConfig:
@@ -400,6 +462,7 @@ class Entity:
     singular: str
     collection: Collection
     shape: type[Stored]
+    where: tuple[Condition, ...] = ()  # what else the collection holds is no such entity
 
     def stored_name(self, field: str) -> str:
         """FEDn stores a model's id under `model` alone."""
@@ -428,8 +491,10 @@ def _shown(field: str, value: Any) -> Any:
 CLIENTS = Entity("clients", "client", Collection.CLIENTS, ClientObject)
 COMBINERS = Entity("combiners", "combiner", Collection.COMBINERS, CombinerObject)
 MODELS = Entity("models", "model", Collection.MODELS, ModelObject)
-PACKAGES = Entity("packages", "package", Collection.PACKAGES, PackageObject)
+PACKAGES = Entity("packages", "package", Collection.PACKAGES, PackageObject, ARE_PACKAGES)
 SESSIONS = Entity("sessions", "session", Collection.SESSIONS, SessionObject)
+ATTRIBUTES = Entity("attributes", "attribute", Collection.ATTRIBUTES, AttributeObject)
+TELEMETRY = Entity("telemetry", "telemetry", Collection.TELEMETRY, TelemetryObject)
 ENTITIES = (
     CLIENTS,
     COMBINERS,
@@ -442,8 +507,8 @@ ENTITIES = (
     Entity("validations", "validation", Collection.VALIDATIONS, ValidationObject),
     Entity("predictions", "prediction", Collection.PREDICTIONS, PredictionObject),
     Entity("metrics", "metric", Collection.METRICS, MetricObject),
-    Entity("attributes", "attribute", Collection.ATTRIBUTES, AttributeObject),
-    Entity("telemetry", "telemetry", Collection.TELEMETRY, TelemetryObject),
+    ATTRIBUTES,
+    TELEMETRY,
 )
 
 Shape = TypeVar("Shape", bound=Stored)
@@ -488,12 +553,29 @@ class ClientConfig(BaseModel):
     network_id: str
     discover_host: str
     discover_port: int
+    checksum: str | None = Field(None, description="of the active package, if one is")
 
 
 class ModelAdded(BaseModel):
     success: Literal[True]
     message: str
     model_id: str
+
+
+class PackageAdded(BaseModel):
+    message: str
+    package_id: str
+    storage_file_name: str
+    checksum: str = Field(description="SHA-256")
+
+
+class Checksum(BaseModel):
+    message: str
+    checksum: str | None
+
+
+class CurrentAttributes(RootModel[dict[str, dict[str, str] | str]]):
+    """By client_id: its attributes, or a sentence if there is no such client."""
 
 
 class Parameters(BaseModel):

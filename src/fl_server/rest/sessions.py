@@ -7,11 +7,12 @@ from fastapi.responses import JSONResponse
 
 from fl_client.wire.codec import HELPERS
 
-from ..core.model import Outcome, Status
+from ..core.model import Outcome, SessionConfig, Status
 from ..errors import Conflict, Invalid, RequestError
+from ..scheduler.packages import Packages
 from ..scheduler.records import WIRE_STATUS
 from ..scheduler.scheduler import Scheduler
-from ..store.ports import Collection
+from ..store.ports import Collection, Document
 from .bodies import BoundedRoute
 from .records import answered, changes, found
 from .schemas import (
@@ -19,25 +20,33 @@ from .schemas import (
     ChangeSession,
     CreateSession,
     Explanation,
+    JsonObject,
     Message,
     SessionConfigBody,
     SessionObject,
     StartSession,
+    checked,
     session_config,
 )
 
 DEFAULT_HELPER = "numpyhelper"
 
 
-def routes(scheduler: Scheduler) -> APIRouter:
+def routes(scheduler: Scheduler, packages: Packages) -> APIRouter:
     router = APIRouter(prefix="/api/v1/sessions", tags=["sessions"], route_class=BoundedRoute)
+
+    async def accepted(wanted: SessionConfigBody) -> SessionConfig:
+        if wanted.server_functions:
+            raise Invalid("server_functions: not supported")
+        helper = wanted.helper_type or await packages.helper() or DEFAULT_HELPER
+        if helper not in HELPERS:
+            raise Invalid(f"helper_type: {helper!r} is unknown; known: {', '.join(sorted(HELPERS))}")
+        return session_config(wanted, helper)
 
     @router.post("/", response_model=SessionObject, status_code=201, operation_id="create_session")
     async def create(body: CreateSession) -> Response:
         wanted = body.session_config
-        if wanted.server_functions:
-            raise Invalid("server_functions: not supported")
-        config = session_config(wanted, await _helper(scheduler, wanted))
+        config = await accepted(wanted)
         start_model = wanted.model_id or body.seed_model_id
         if not start_model:
             raise Invalid("model_id: missing: the model to start from")
@@ -69,17 +78,40 @@ def routes(scheduler: Scheduler) -> APIRouter:
             return JSONResponse({"message": "Session started"})
         raise RequestError("A session is already running!" if outcome is Outcome.CONFLICT else reason)
 
+    @router.post(
+        "/start_splitlearning_session",
+        response_model=Message,
+        status_code=501,
+        operation_id="start_splitlearning_session",
+        deprecated=True,
+    )
+    async def start_split_learning() -> Response:
+        return JSONResponse({"message": "Split learning is not supported"}, 501)
+
+    async def reconfigured(document: Document, sent: JsonObject) -> SessionConfig:
+        """The whole configuration that was sent. Raises Invalid."""
+        wanted = checked(SessionConfigBody, sent)
+        if wanted.model_id and wanted.model_id != document["session_config"]["model_id"]:
+            raise Invalid("model_id: cannot be changed; a new session starts from another model")
+        return await accepted(wanted)
+
     async def change(id: str, body: ChangeSession, *, lenient: bool) -> Response:
         document = await found(scheduler, SESSIONS, id)
-        allowed = {"name", "status"}
-        if document["status"] == WIRE_STATUS[Status.RUNNING] and "session_config" in body.model_fields_set:
-            allowed.add("session_config")  # to be refused below: not wrong, but not now
-        wanted = changes(SESSIONS, document, body.model_dump(exclude_unset=True), allowed=allowed, lenient=lenient)
+        sent = body.model_dump(exclude_unset=True)
+        if lenient and sent.get("session_config"):
+            sent["session_config"] = SESSIONS.answer(document)["session_config"] | sent["session_config"]
+        allowed = {"name", "status", "session_config"}
+        wanted = changes(SESSIONS, document, sent, allowed=allowed, lenient=lenient)
+        if wanted.get("status", WIRE_STATUS[Status.TERMINATED]) != WIRE_STATUS[Status.TERMINATED]:
+            raise Invalid("status: only Terminated can be set")
+        if wanted.keys() >= {"status", "session_config"}:
+            raise Conflict("session_config: cannot change in the request that stops the session")
         if "session_config" in wanted:
-            raise Conflict("session_config: the session is running")
+            config = await reconfigured(document, wanted["session_config"] or {})
+            outcome, reason = await answered(scheduler.configure(id, config))
+            if outcome is not Outcome.DONE:
+                raise Conflict(f"session_config: {reason}")
         if "status" in wanted:
-            if wanted["status"] != WIRE_STATUS[Status.TERMINATED]:
-                raise Invalid("status: only Terminated can be set")
             outcome, reason = await answered(scheduler.stop(id))
             if outcome is not Outcome.DONE:
                 raise Conflict(reason)
@@ -103,10 +135,3 @@ def routes(scheduler: Scheduler) -> APIRouter:
         return JSONResponse({"session_id": id, "sentences": await scheduler.explain(id)})
 
     return router
-
-
-async def _helper(scheduler: Scheduler, wanted: SessionConfigBody) -> str:
-    helper = wanted.helper_type or await answered(scheduler.active_helper()) or DEFAULT_HELPER
-    if helper not in HELPERS:
-        raise Invalid(f"helper_type: {helper!r} is unknown; known: {', '.join(sorted(HELPERS))}")
-    return helper

@@ -48,7 +48,8 @@ class Watcher:
 class Feed:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        # numbers go on after a restart, so that "after" of a former life does not hide what is new
+        # numbers go on after a restart, so that "after" of a former life does not hide what is new; fewer than a
+        # million events a second, so that they do not overtake the clock
         self._ids = itertools.count(int(clock() * 1_000_000))
         self._recent: deque[FeedEvent] = deque(maxlen=KEPT)
         self._watchers: list[Watcher] = []
@@ -65,8 +66,12 @@ class Feed:
 
     @asynccontextmanager
     async def watch(self, after: int | None = None) -> AsyncIterator[Watcher]:
-        """Events from now on; with `after`, first those kept whose number is higher."""
-        kept = [event for event in self._recent if after is not None and event.id > after]
+        """Events from now on; with `after`, first those kept whose number is higher.
+
+        All that are kept, if it is higher than any number that was given: it is of a life whose clock was ahead.
+        """
+        newest = self._recent[-1].id if self._recent else 0
+        kept = [event for event in self._recent if after is not None and not event.id <= after <= newest]
         watcher = Watcher(deque(kept, maxlen=KEPT), closed=self._closed)
         self._watchers.append(watcher)
         try:

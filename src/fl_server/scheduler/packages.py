@@ -82,7 +82,7 @@ class Packages:
         package_id, at = str(uuid.uuid4()), self._clock()
         storage_file_name = f"{uuid.uuid4()}{extension}"
         await self._insist(self.blobs.put_file, storage_file_name, path)
-        document = {
+        document: Document = {
             "package_id": package_id,
             "key": "package_trail",
             "name": name,
@@ -97,7 +97,7 @@ class Packages:
         }
 
         async def put() -> bool:
-            document["fl"] |= {"activated_at": self._clock()}
+            document["fl"]["activated_at"] = self._clock()
             await self._make_only(package_id, Put(Collection.PACKAGES, document))
             return True
 

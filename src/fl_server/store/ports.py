@@ -53,6 +53,23 @@ ID_FIELD: Mapping[Collection, str] = {
     Collection.TELEMETRY: "telemetry_id",
 }
 
+# What lists are filtered by and is worth an index; each also has the default order of lists, committed_at.
+INDEXED: Mapping[Collection, tuple[str, ...]] = {
+    Collection.CLIENTS: ("client_id", "name", "status", "combiner"),
+    Collection.COMBINERS: ("name",),
+    Collection.MODELS: ("session_id", "parent_model", "name"),
+    Collection.PACKAGES: (),
+    Collection.SESSIONS: ("name", "status"),
+    Collection.ROUNDS: ("round_config.session_id", "round_config.model_id", "fl.session", "status"),
+    Collection.RUNS: ("session_id",),
+    Collection.STATUSES: ("session_id", "sender.name", "type", "correlation_id"),
+    Collection.VALIDATIONS: ("session_id", "model_id", "correlation_id", "sender.name"),
+    Collection.PREDICTIONS: ("model_id", "correlation_id", "sender.name"),
+    Collection.METRICS: ("session_id", "model_id", "key", "sender.name"),
+    Collection.ATTRIBUTES: ("sender.client_id", "sender.name", "key"),
+    Collection.TELEMETRY: ("sender.client_id", "sender.name", "key"),
+}
+
 Operator = Literal["eq", "ne", "lt", "lte", "gt", "gte", "in"]
 
 
@@ -102,7 +119,10 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class PutReport:
-    """A report of the round with this id, by (client, update_id): written over an earlier one with a lower seq."""
+    """A report of the round with this id, by (client, update_id): written over an earlier one with a lower seq.
+
+    The reports of one round that follow each other in one save are one atomic write.
+    """
 
     round_id: str
     client: str
@@ -115,10 +135,17 @@ Write = Put | Patch | PutReport
 
 
 class StateStore(Protocol):
-    async def open(self, owner: str) -> None:
+    async def open(self, owner: str, *, standby: bool = False) -> None:
         """Becomes the store's one owner, under this name, until close() or the death of the process.
 
-        Raises Owned, naming the other, if another process owns it; Corrupt if its schema is newer than ours.
+        Raises Owned, naming the other, if another process owns it (standby: waits until it does not); Corrupt if its
+        schema is newer than ours.
+        """
+
+    async def keep(self) -> None:
+        """Renews the ownership until it is cancelled; without it, writes are soon refused as Unavailable.
+
+        Raises Deposed when another process has taken the store over; from then on every write does.
         """
 
     async def close(self) -> None: ...

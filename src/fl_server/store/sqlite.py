@@ -20,30 +20,26 @@ from typing import Any, TypeVar, assert_never
 
 from fl_server.errors import Corrupt, Owned, Unavailable
 from fl_server.store.disk import disk_errors, make_folder
-from fl_server.store.ports import ID_FIELD, Collection, Condition, Document, Patch, Put, PutReport, Query, Write
+from fl_server.store.ports import (
+    ID_FIELD,
+    INDEXED,
+    Collection,
+    Condition,
+    Document,
+    Patch,
+    Put,
+    PutReport,
+    Query,
+    Write,
+)
 
 T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 1.0  # only someone who looks into the file by hand can hold it
+_STANDBY_POLL_S = 1.0
 _LARGEST_INTEGER = 2**63 - 1
 
-# What lists are filtered by and is worth an index; each also has the default order of lists, committed_at.
-INDEXED: Mapping[Collection, tuple[str, ...]] = {
-    Collection.CLIENTS: ("client_id", "name", "status", "combiner"),
-    Collection.COMBINERS: ("name",),
-    Collection.MODELS: ("session_id", "parent_model", "name"),
-    Collection.PACKAGES: (),
-    Collection.SESSIONS: ("name", "status"),
-    Collection.ROUNDS: ("round_config.session_id", "fl.record.session", "status"),
-    Collection.RUNS: ("session_id",),
-    Collection.STATUSES: ("session_id", "sender.name", "type", "correlation_id"),
-    Collection.VALIDATIONS: ("session_id", "model_id", "correlation_id", "sender.name"),
-    Collection.PREDICTIONS: ("model_id", "correlation_id", "sender.name"),
-    Collection.METRICS: ("session_id", "model_id", "key", "sender.name"),
-    Collection.ATTRIBUTES: ("sender.client_id", "sender.name", "key"),
-    Collection.TELEMETRY: ("sender.client_id", "sender.name", "key"),
-}
 _COMPARISONS = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _PUT_REPORT = """
     insert into reports values (?, ?, ?, ?, ?) on conflict do update set seq = excluded.seq, report = excluded.report
@@ -69,8 +65,18 @@ class SqliteStateStore:
         self._db: sqlite3.Connection | None = None
         self._lock_fd: int | None = None
 
-    async def open(self, owner: str) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._open, owner)
+    async def open(self, owner: str, *, standby: bool = False) -> None:
+        while True:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._executor, self._open, owner)
+            except Owned:
+                if not standby:
+                    raise
+            await asyncio.sleep(_STANDBY_POLL_S)
+
+    async def keep(self) -> None:
+        """The lock goes with the process."""
+        await asyncio.get_running_loop().create_future()
 
     def _open(self, owner: str) -> None:
         if self._db is not None:

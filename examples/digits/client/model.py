@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,16 @@ def init(seed: int) -> Parameters:
     return [w1, np.zeros(HIDDEN, np.float32), w2, np.zeros(DIGITS, np.float32)]
 
 
+def load(path: Path) -> Parameters:
+    with np.load(path) as arrays:
+        return [arrays[str(index)] for index in range(len(arrays.files))]
+
+
+def save(parameters: Parameters, path: Path) -> None:
+    """As numpyhelper has it: an .npz with the arrays "0", "1", …"""
+    np.savez(path, **{str(index): array for index, array in enumerate(parameters)})
+
+
 def train(
     parameters: Parameters, x: Floats, y: Labels, settings: TrainSettings, rng: np.random.Generator
 ) -> Parameters:
@@ -75,6 +86,12 @@ def evaluate(parameters: Parameters, x: Floats, y: Labels) -> dict[str, float]:
         "loss": float(-log_p[np.arange(len(y)), y].mean()),
         "accuracy": float((log_p.argmax(axis=1) == y).mean()),
     }
+
+
+def predict(parameters: Parameters, x: Floats) -> list[int]:
+    """The likeliest digit of each row."""
+    _, log_p = _forward(parameters, x)
+    return [int(digit) for digit in log_p.argmax(axis=1)]
 
 
 def _forward(parameters: Parameters, x: Floats) -> tuple[Floats, Floats]:

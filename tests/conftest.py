@@ -1,0 +1,34 @@
+"""A real MongoDB and a real S3 server, one each for the whole run, started when the first test asks for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from fl_server.services import Mongod, Weed
+from fl_server.store.s3 import S3
+
+
+@pytest.fixture(scope="session")
+def mongo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if url := os.environ.get("FL_TEST_MONGO_URL"):
+        yield url
+        return
+    mongod = Mongod(tmp_path_factory.mktemp("mongod"))
+    asyncio.run(mongod.start())
+    yield mongod.url
+    asyncio.run(mongod.kill())
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    if url := os.environ.get("FL_TEST_S3_URL"):
+        yield S3(url, os.environ.get("FL_TEST_S3_ACCESS_KEY", ""), os.environ.get("FL_TEST_S3_SECRET_KEY", ""))
+        return
+    weed = Weed(tmp_path_factory.mktemp("weed"))
+    asyncio.run(weed.start())
+    yield S3(weed.url, weed.access_key, weed.secret_key)
+    asyncio.run(weed.kill())

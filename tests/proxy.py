@@ -1,0 +1,94 @@
+"""A TCP proxy that loses what a test names: a request before its server hears it, or the answer after."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal
+from urllib.parse import urlsplit
+
+
+class Proxy:
+    def __init__(self, url: str) -> None:
+        """url: of the server behind it, with its port."""
+        parts = urlsplit(url)
+        assert parts.hostname and parts.port
+        self._behind = (parts.hostname, parts.port)
+        self._scheme = parts.scheme
+        self._server: asyncio.Server
+        self._port = 0
+        self._open: set[asyncio.StreamWriter] = set()
+        self._pattern, self._lost = b"", "request"
+        self.times = 0  # how often it is still to happen
+
+    @property
+    def url(self) -> str:
+        return f"{self._scheme}://127.0.0.1:{self._port}"
+
+    def lose(self, lost: Literal["request", "answer"], pattern: bytes, times: int = 1) -> None:
+        """The connection is cut at the next request that holds the pattern: it does not arrive, or its answer."""
+        self._pattern, self._lost, self.times = pattern, lost, times
+
+    async def up(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def down(self) -> None:
+        """As if the server had died: connections are cut, new ones refused."""
+        self._server.close()
+        for writer in list(self._open):
+            writer.transport.abort()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
+        try:
+            behind_reader, behind_writer = await asyncio.open_connection(*self._behind)
+        except OSError:
+            self._open.discard(writer)
+            writer.transport.abort()
+            return
+        self._open.add(behind_writer)
+        doomed = asyncio.Event()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._requests(reader, behind_writer, doomed))
+                tasks.create_task(self._answers(behind_reader, writer, doomed))
+        except* (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            for end in (writer, behind_writer):
+                self._open.discard(end)
+                end.transport.abort()
+
+    async def _requests(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, doomed: asyncio.Event
+    ) -> None:
+        while data := await reader.read(2**20):
+            if self.times and self._pattern in data:
+                self.times -= 1
+                if self._lost == "request":
+                    raise ConnectionResetError
+                doomed.set()
+            writer.write(data)
+            await writer.drain()
+        raise ConnectionResetError
+
+    async def _answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, doomed: asyncio.Event) -> None:
+        while data := await reader.read(2**20):
+            if doomed.is_set():
+                raise ConnectionResetError
+            writer.write(data)
+            await writer.drain()
+        raise ConnectionResetError
+
+
+@asynccontextmanager
+async def proxied(url: str) -> AsyncIterator[Proxy]:
+    proxy = Proxy(url)
+    await proxy.up()
+    try:
+        yield proxy
+    finally:
+        await proxy.down()
