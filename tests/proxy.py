@@ -19,6 +19,7 @@ class Proxy:
         self._server: asyncio.Server
         self._port = 0
         self._open: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[None] | None] = set()
         self._pattern, self._lost = b"", "request"
         self.times = 0  # how often it is still to happen
 
@@ -39,9 +40,17 @@ class Proxy:
         self._server.close()
         for writer in list(self._open):
             writer.transport.abort()
+        await asyncio.gather(*filter(None, self._serving))
         await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._serving.add(asyncio.current_task())
+        try:
+            await self._relay(reader, writer)
+        finally:
+            self._serving.discard(asyncio.current_task())
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
         try:
             behind_reader, behind_writer = await asyncio.open_connection(*self._behind)

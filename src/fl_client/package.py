@@ -287,6 +287,8 @@ def create(folder: Path, output: Path) -> int:
     Raises PackageError; then output is as it was.
     """
     read_manifest(find_folder(folder))
+    if not output.parent.is_dir():
+        raise PackageError(f"{output.parent}: no such folder")
     part = output.with_name(f".{output.name}.part")
     try:
         names = sorted(_packed(folder, leave_out={output.resolve(), part.resolve()}))

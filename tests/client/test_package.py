@@ -164,7 +164,7 @@ def test_what_cannot_be_a_package_is_refused_and_an_older_one_kept(tmp_path: Pat
     assert output.read_bytes() == b"older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["client", "package.tgz"]
     (folder / "secret").unlink()
-    with pytest.raises(PackageError, match="No such file or directory"):
+    with pytest.raises(PackageError, match="nowhere: no such folder"):
         create(folder, tmp_path / "nowhere" / "package.tgz")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import math
 import os
 import signal
 import tarfile
@@ -13,14 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
+from fl_client import Client, TaskInfo, TrainResult
 from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
 from fl_server.testing import Federation, ServerProcess
 from tests.client.flclient_process import flclient
-from tests.client.server_double import Combiner
+from tests.client.server_double import FAST, Combiner, joined
 
 SEED = [np.zeros(3, np.float32)]
 TRAIN = """
@@ -270,3 +274,38 @@ async def test_a_stopped_client_whose_server_is_away_gives_its_task_back(combine
             let_go()
             assert await client.exit_code() == 0
         assert "task given back to the server: t1" in "\n".join(client.lines)
+
+
+async def test_a_task_that_is_issued_again_has_its_new_deadline(combiner: Combiner) -> None:
+    tasks: list[TaskInfo] = []
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def train(parameters: codec.Parameters, task: TaskInfo) -> TrainResult:
+        tasks.append(task)
+        begun.set()
+        await go.wait()
+        return TrainResult(parameters, 1)
+
+    def issued(task_id: str, deadline: float) -> pb.TaskRequest:
+        """By a server whose clock is decades away from ours."""
+        sent = "2001-09-09 01:46:40.000000"  # 1e9
+        kind = pb.StatusType.MODEL_UPDATE
+        return pb.TaskRequest(task_id=task_id, type=kind, model_id="m0", timestamp=sent, deadline=deadline)
+
+    combiner.models["m0"] = codec.encode(SEED)
+    client = Client(combiner=f"127.0.0.1:{combiner.port}", train=train, backoff=FAST)
+    async with joined(client):
+        attachment = await combiner.attachment()
+        before_s = asyncio.get_running_loop().time()
+        attachment.say(issued("t1", 1e9 + 30))
+        await begun.wait()
+        assert 0 <= tasks[0].due.at_s - before_s - 30 < 10
+        attachment.say((grpc.StatusCode.UNAVAILABLE, "restarts"))
+        attachment = await combiner.attachment()
+        attachment.say(issued("t1", 1e9 + 90))
+        attachment.say(issued("t2", 0.0))
+        go.set()
+        await combiner.report()
+        await combiner.report()
+    assert 0 <= tasks[0].due.at_s - before_s - 90 < 10
+    assert tasks[1].due.at_s == math.inf

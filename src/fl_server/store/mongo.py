@@ -19,6 +19,7 @@ import math
 import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,6 +105,8 @@ class MongoStateStore:
 
     def _connect(self) -> None:
         try:
+            if not self._url.startswith(("mongodb://", "mongodb+srv://")):
+                raise errors.InvalidURI
             self._where = f"MongoDB at {_hosts(self._url)}, database {self._database}"
             self._client = AsyncIOMotorClient(
                 self._url,
@@ -244,7 +247,8 @@ class MongoStateStore:
             pass  # the lease expires
         finally:
             self._epoch, self._deposed_by, self._renewed_at_s = 0, None, -math.inf
-            client.close()
+            with ThreadPoolExecutor(1) as thread:  # says good-bye to the server, and waits for it
+                await asyncio.get_running_loop().run_in_executor(thread, client.close)
 
     # ---- writes
 
