@@ -11,6 +11,7 @@ import asyncio
 import gc
 import hashlib
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -213,12 +214,13 @@ async def main(config: dict[str, Any]) -> None:
     clients = [LightClient(fleet, index) for index in range(fleet.clients)]
     began = time.perf_counter()
     async with asyncio.TaskGroup() as tasks:
-        running = []
         if fleet.dialect != "limit":
-            running = [tasks.create_task(client.serve()) for client in clients]
+            for client in clients:
+                tasks.create_task(client.serve())
             await fleet.all_attached.wait()
             if every_s := config.get("beat_every_s"):
-                running += [tasks.create_task(client.beat(every_s)) for client in clients]
+                for client in clients:
+                    tasks.create_task(client.beat(every_s))
         gc.freeze()
         say(update_bytes=len(update), attach_s=time.perf_counter() - began)
         async for order in orders():
@@ -226,9 +228,7 @@ async def main(config: dict[str, Any]) -> None:
                 say(**await limit_rounds(fleet, clients, order["rounds"]))
             else:
                 say(**await task_rounds(fleet, order["rounds"]))
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*(client.channel.close() for client in clients))
+        os._exit(0)  # all at once: grpc.aio closes a channel by looking at every task
 
 
 if __name__ == "__main__":

@@ -79,7 +79,10 @@ async def scheduling(
 ) -> AsyncIterator[tuple[Scheduler, Packages]]:
     """The stores opened and the scheduler recovered, without ports."""
     data, fsync = settings.data_dir, settings.durability != "process"
-    data.mkdir(parents=True, exist_ok=True)
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+    except OSError as refused:
+        raise Unavailable(f"data_dir: {data} cannot be made: {refused.strerror or refused}") from refused
     store = _state_store(settings, pools, fsync=fsync)
     owner = f"flserve, process {os.getpid()} on {socket.gethostname()}, data in {data.resolve()}"
     await store.open(owner, standby=settings.standby)
@@ -181,7 +184,7 @@ async def serving(settings: Settings, clock: Callable[[], float] = time.time) ->
                 )
                 rest = create_app(scheduler, packages, desk, advertise=lambda: (settings.advertise_host, grpc_port))
                 async with _http(rest, settings.host, settings.api_port) as api_port:
-                    yield Server(f"http://{_dialled(settings.host)}:{api_port}", grpc_port, scheduler)
+                    yield Server(_url(_dialled(settings.host), api_port), grpc_port, scheduler)
                     scheduler.stop_serving()
             finally:
                 scheduler.stop_serving()
@@ -207,7 +210,8 @@ class _Uvicorn(uvicorn.Server):
 @asynccontextmanager
 async def _http(app: object, host: str, port: int) -> AsyncIterator[int]:
     try:
-        listening = socket.create_server((host, port), backlog=2048)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as taken:
         raise Unavailable(f"REST port {port} on {host} is taken: {taken.strerror or taken}") from taken
     config = uvicorn.Config(
@@ -250,6 +254,10 @@ async def run(settings: Settings, ready: Callable[[Server], None]) -> None:
     except asyncio.CancelledError:  # told to stop while it was starting, as a standby does for ever
         if not stopped.is_set():
             raise
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _dialled(host: str) -> str:

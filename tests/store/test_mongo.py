@@ -315,7 +315,15 @@ async def test_a_cancelled_save_may_be_repeated(store: MongoStateStore) -> None:
     assert await store.reports("1") == [{"n": 1}]
 
 
-async def test_a_database_that_comes_back_is_used_again(behind_proxy: MongoStateStore, proxy: Proxy) -> None:
+async def test_a_database_that_comes_back_is_used_again(
+    proxy: Proxy, database: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mongo, "TIMEOUT_S", 1.0)
+    async with kept(MongoStateStore(proxy.url, DATABASE)) as store:
+        await comes_back(store, proxy)
+
+
+async def comes_back(behind_proxy: MongoStateStore, proxy: Proxy) -> None:
     await proxy.down()
     with pytest.raises(Unavailable, match="refused"):
         await behind_proxy.get(SESSIONS, "s")
@@ -395,13 +403,14 @@ async def test_a_write_that_was_under_way_when_another_took_over_changes_nothing
     successor = MongoStateStore(mongo_url, DATABASE)
     async with asyncio.timeout(WAIT_S):
         await successor.open("the successor", standby=True)
-    before = (
-        await database["control.sessions"].find().to_list(None),
-        await database["control.rounds"].find().to_list(None),
-    )
+
+    async def stored() -> list[list[Document]]:
+        return [await database[name].find().to_list(None) for name in ("control.sessions", "control.rounds")]
+
+    before = await stored()
     with pytest.raises(Deposed, match="the successor"):
         await stopped.save([write])
-    assert before == [await database[name].find().to_list(None) for name in ("control.sessions", "control.rounds")]
+    assert await stored() == before
     await stopped.close()
     await successor.close()
 
@@ -464,7 +473,10 @@ async def test_an_outage_of_the_database_deposes_nobody(
         await asyncio.wait([waiting])
 
 
-async def test_close_while_the_database_is_away_is_allowed(proxy: Proxy, database: Any) -> None:
+async def test_close_while_the_database_is_away_is_allowed(
+    proxy: Proxy, database: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mongo, "TIMEOUT_S", 1.0)
     async with kept(MongoStateStore(proxy.url, DATABASE)):
         await proxy.down()
     await proxy.up()
@@ -509,7 +521,10 @@ async def test_a_url_that_is_none_is_invalid_and_not_repeated(url: str) -> None:
     assert isinstance(why, Invalid) and str(why).startswith("mongo_url") and "sh" not in str(why).split("(")[0]
 
 
-async def test_a_server_that_is_not_there_is_unavailable_by_its_address(unused_tcp_port: int) -> None:
+async def test_a_server_that_is_not_there_is_unavailable_by_its_address(
+    unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mongo, "TIMEOUT_S", 1.0)
     why = await refused(f"mongodb://fl:hush@127.0.0.1:{unused_tcp_port}/?appName=x")
     assert isinstance(why, Unavailable) and f"127.0.0.1:{unused_tcp_port}, database" in str(why)
     assert "hush" not in str(why)

@@ -57,11 +57,12 @@ class Servicer:
             self._ids[said] = client
         try:
             await context.send_initial_metadata(())  # says "attached" to a client that has no task yet
-            await self._note_stream(client, name, "connecting to")
+            self._note_stream(client, name, "connecting to")
             while assignment := await mailbox.next():
                 await context.write(convert.task_request(assignment, scheduler.clock()))
         finally:
             await scheduler.detach(mailbox)
+            self._note_stream(client, name, "disconnected from")
             if client not in scheduler.streams.attached():  # else a newer stream of the client is known by this name
                 self._ids.pop(said, None)
         match mailbox.ending:
@@ -221,7 +222,7 @@ class Servicer:
                 except spooling.SpoolFull:
                     await self._scheduler.workshop.spool.wait_for_room(len(data))
 
-    async def _note_stream(self, client: ClientId, name: str, verb: str) -> None:
+    def _note_stream(self, client: ClientId, name: str, verb: str) -> None:
         document = convert.stream_status(client, name, verb, self._scheduler.clock())
         self._scheduler.journal.offer(Collection.STATUSES, document)
 
