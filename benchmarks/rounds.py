@@ -155,7 +155,10 @@ async def measure(row: Row, turns: int, subjects: Sequence[str] = SUBJECTS) -> d
                     rounds = row.rounds if name == "limit" else row.rounds + 1
                     measured[name].cpu_s.append((cpu_s(subject.pid) - before_s) / rounds)
                     measured[name].round_s.append(median(times["durations_s"]))
-                    for into, key in ((measured[name].dead_s, "dead_s"), (measured[name].answered_dead_s, "answered_dead_s")):
+                    for into, key in (
+                        (measured[name].dead_s, "dead_s"),
+                        (measured[name].answered_dead_s, "answered_dead_s"),
+                    ):
                         if times[key]:
                             into.append(median(times[key]))
         for name, subject in running.items():
@@ -165,9 +168,7 @@ async def measure(row: Row, turns: int, subjects: Sequence[str] = SUBJECTS) -> d
 
 def ratio(measured: dict[str, Measured], above: str, below: str) -> float:
     """The median of the turns' ratios: what was loaded in a turn was so for both."""
-    return median(
-        mine / theirs for mine, theirs in zip(measured[above].round_s, measured[below].round_s, strict=True)
-    )
+    return median(mine / theirs for mine, theirs in zip(measured[above].round_s, measured[below].round_s, strict=True))
 
 
 def line(row: Row, measured: dict[str, Measured]) -> str:

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Literal
 from urllib.parse import urlsplit
 
+Lost = Literal["request", "answer", "rest", "wait"]
+
 
 class Proxy:
     def __init__(self, url: str) -> None:
@@ -22,14 +24,20 @@ class Proxy:
         self._serving: set[asyncio.Task[None] | None] = set()
         self._pattern, self._lost = b"", "request"
         self.times = 0  # how often it is still to happen
+        self._answer = b""
 
     @property
     def url(self) -> str:
         return f"{self._scheme}://127.0.0.1:{self._port}"
 
-    def lose(self, lost: Literal["request", "answer"], pattern: bytes, times: int = 1) -> None:
-        """The connection is cut at the next request that holds the pattern: it does not arrive, or its answer."""
+    def lose(self, lost: Lost, pattern: bytes, times: int = 1) -> None:
+        """The connection is cut at the next request that holds the pattern: it does not arrive, or its answer, or the
+        rest of this after its first piece. "wait": the request does not arrive, but nothing is cut."""
         self._pattern, self._lost, self.times = pattern, lost, times
+
+    def answer(self, data: bytes) -> None:
+        """Said to every request instead of asking the server, until it is empty."""
+        self._answer = data
 
     async def up(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
@@ -62,7 +70,7 @@ class Proxy:
         doomed = asyncio.Event()
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._requests(reader, behind_writer, doomed))
+                tasks.create_task(self._requests(reader, behind_writer, doomed, writer))
                 tasks.create_task(self._answers(behind_reader, writer, doomed))
         except* (ConnectionError, asyncio.IncompleteReadError):
             pass
@@ -72,23 +80,37 @@ class Proxy:
                 end.transport.abort()
 
     async def _requests(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, doomed: asyncio.Event
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        doomed: asyncio.Event,
+        back: asyncio.StreamWriter,
     ) -> None:
         while data := await reader.read(2**20):
+            if self._answer:
+                back.write(self._answer)
+                continue
             if self.times and self._pattern in data:
                 self.times -= 1
-                if self._lost == "request":
-                    raise ConnectionResetError
+                match self._lost:
+                    case "request":
+                        raise ConnectionResetError
+                    case "wait":
+                        continue
                 doomed.set()
             writer.write(data)
             await writer.drain()
         raise ConnectionResetError
 
     async def _answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, doomed: asyncio.Event) -> None:
-        while data := await reader.read(2**20):
-            if doomed.is_set():
+        while data := await reader.read(2**16):
+            if doomed.is_set() and self._lost == "answer":
                 raise ConnectionResetError
             writer.write(data)
+            if doomed.is_set():
+                await writer.drain()
+                writer.write_eof()
+                raise ConnectionResetError
             await writer.drain()
         raise ConnectionResetError
 

@@ -176,7 +176,7 @@ def _signal_group(child: Child, number: signal.Signals) -> None:
 
 
 def _child_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Without FL_* and FEDN_* settings (the demo keeps to the embedded default), and without a proxy to this machine."""
+    """Without FL_* and FEDN_* settings (the demo keeps to the defaults), and without a proxy to this machine."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FL_", "FEDN_"))}
     here = "127.0.0.1,localhost"
     ours = {"OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "NO_PROXY": here, "no_proxy": here}

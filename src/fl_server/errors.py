@@ -5,7 +5,10 @@ FlserveError(message)            code: stable, for machines ("conflict")
     Invalid                      422  a field is wrong; the message begins with its name
     NotFound                     404  no such thing
     Conflict                     409  not now: the thing is in another state
-    Unauthorized                 401
+    Unauthorized                 401  who are you?
+    Forbidden                    403  we know who you are: not you
+    TooSlow                      408  what was to be sent did not come in time
+    TooMany                      429  not so many, not so often
   StoreError                     the store's fault
     Unavailable                  503  away, or its answer did not come: it may have happened, and may be done again
     Missing                      404  the bytes under this key are gone
@@ -54,6 +57,24 @@ class Unauthorized(RequestError):
     code = "unauthorized"
     http_status = 401
     grpc_status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class Forbidden(RequestError):
+    code = "forbidden"
+    http_status = 403
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+
+
+class TooSlow(RequestError):
+    code = "too_slow"
+    http_status = 408
+    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class TooMany(RequestError):
+    code = "too_many"
+    http_status = 429
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class StoreError(FlserveError):

@@ -11,16 +11,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from fl_server.errors import Invalid
 
 PREFIX = "FL_"
-NOT_OURS = {"FL_API_URL", "FL_TOKEN", "FL_CONFIG"}  # of the client and the command line
+NOT_OURS = {  # of the client and the command line
+    *("FL_API_URL", "FL_TOKEN", "FL_CONFIG", "FL_TLS_CA", "FL_CLIENT_CERT", "FL_CLIENT_KEY"),
+    *("FL_AUTH_TOKEN", "FL_AUTH_REFRESH_TOKEN", "FL_AUTH_REFRESH_TOKEN_URI"),
+}
+ALIASES = {  # FEDn's names, read where ours is not set
+    "FEDN_JWT_SECRET_KEY": "jwt_secret_key",
+    "FEDN_JWT_ALGORITHM": "jwt_algorithm",
+    "FEDN_JWT_CUSTOM_CLAIM_KEY": "jwt_custom_claim_key",
+    "FEDN_JWT_CUSTOM_CLAIM_VALUE": "jwt_custom_claim_value",
+    "FEDN_AUTH_SCHEME": "auth_scheme",
+    "FEDN_CUSTOM_URL_PREFIX": "custom_url_prefix",
+    "FEDN_AUTH_WHITELIST_URL": "auth_whitelist_url",
+    "FEDN_AUTH_WHITELIST_URL_PREFIX": "auth_whitelist_url",
+    "FL_AUTH_WHITELIST_URL_PREFIX": "auth_whitelist_url",
+}
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _is_url_prefix(text: str) -> str:
+    """Without a slash at its end. FEDn's users write it with and without the first one."""
+    prefix = f"/{text.strip('/')}" if text else ""
+    if prefix == "/" or any(part in ("", ".", "..") for part in prefix.split("/")[1:]) or not prefix.isprintable():
+        raise ValueError("a path such as /internal is needed")
+    return prefix
+
+
+UrlPrefix = Annotated[str, AfterValidator(_is_url_prefix)]
 
 
 class Settings(BaseSettings):
@@ -32,6 +64,25 @@ class Settings(BaseSettings):
     grpc_port: Port = Field(12080, description="gRPC, for the clients; 0: any free one")
     advertise_host: str = Field("", description="address that clients are told to dial; default: the one they called")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    jwt_secret_key: SecretStr = Field(
+        SecretStr(""), description="secret, or public key in PEM: every call needs a token then; default: none does"
+    )
+    jwt_algorithm: str = Field("HS256", description="HS, RS or ES with 256, 384 or 512: the one that is accepted")
+    jwt_custom_claim_key: str = Field("", description="a claim that every token must have …")
+    jwt_custom_claim_value: str = Field("", description="… with this value")
+    auth_scheme: str = Field(
+        "", pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]*$", description="before a token; default: Bearer and Token"
+    )
+    auth_whitelist_url: UrlPrefix = Field("", description="REST paths at and below it need no token")
+    auth_failures_per_minute: Count = Field(60, description="bad tokens of one address; more are answered 429")
+    custom_url_prefix: UrlPrefix = Field("", description="REST paths work with it, too, such as /internal")
+    tls: Literal["", "auto"] = Field("", description="auto: a private CA and certificates are made in data_dir/tls")
+    tls_cert: Path | None = Field(None, description="certificate chain in PEM, for both ports; re-read when it changes")
+    tls_key: Path | None = Field(None, description="its private key")
+    tls_client_ca: Path | None = Field(None, description="callers need a certificate of this CA (mTLS)")
+    grpc_trusted_proxy: str = Field(
+        "", description="name of a proxy that ends TLS on port 443 and goes on to the gRPC port; clients dial it"
+    )
     mongo_url: SecretStr = Field(SecretStr(""), description="mongodb://…: state is kept there; default: in data_dir")
     mongo_database: str = Field("fedn-network", description="its name: FEDn's network id")
     standby: bool = Field(False, description="waits while another server owns the state, and takes over when it dies")
@@ -53,6 +104,10 @@ class Settings(BaseSettings):
     upload_ttl_s: Seconds = Field(3600.0, description="an upload that no update names is deleted after this")
     uploads_at_once: Annotated[int, Field(ge=1)] = Field(8, description="more wait their turn")
     upload_idle_timeout_s: Seconds = Field(60.0, description="an upload that sends nothing for so long is dropped")
+    upload_min_bytes_per_s: Bytes = Field(1024, description="slower uploads are dropped, on both ports")
+    http_header_timeout_s: Seconds = Field(20.0, description="a request's line and headers must be here within this")
+    max_clients: Count = Field(20_000, description="attached at a time; more are told to come again")
+    max_streams_per_peer: Count = Field(10_000, description="task streams of one address; more are told to come again")
     store_patience_s: Seconds = Field(30.0, description="a call waits so long for a store that is away")
     download_cache_bytes: Bytes = Field(512 * 2**20, description="models kept ready for download")
     grpc_upload_window: Literal["small", "auto"] = Field(
@@ -67,7 +122,8 @@ class Settings(BaseSettings):
     @classmethod
     def load(cls, config: Path | None, given: Mapping[str, Any]) -> Settings:
         """given: from the command line; None is not given. Raises Invalid, naming the key and where it stands."""
-        known = {PREFIX + name.upper() for name in cls.model_fields} | NOT_OURS
+        known = {PREFIX + name.upper() for name in cls.model_fields} | NOT_OURS | set(ALIASES)
+        aliased = {field: os.environ[name] for name, field in ALIASES.items() if os.environ.get(name)}
         for name in os.environ:
             if name.startswith(PREFIX) and not name.startswith("FL_TEST_") and name.upper() not in known:
                 raise Invalid(f"{name}: unknown setting in the environment")
@@ -79,7 +135,8 @@ class Settings(BaseSettings):
                 cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
             ) -> tuple[PydanticBaseSettingsSource, ...]:
                 file = [TomlConfigSettingsSource(settings_cls, toml_file=config)] if config else []
-                return (sources["init_settings"], sources["env_settings"], *file)
+                aliases = InitSettingsSource(settings_cls, init_kwargs=dict(aliased))
+                return (sources["init_settings"], sources["env_settings"], aliases, *file)
 
         try:
             loaded: Settings = Loaded(**{key: value for key, value in given.items() if value is not None})

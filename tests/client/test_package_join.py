@@ -171,6 +171,8 @@ async def test_a_failing_entry_point_closes_its_task_at_once_and_its_last_lines_
         session = await federation.ended(session_id)  # an hour before the round's deadline
         await client.said("task reported: ")
     assert session["status"] == "Failed"
+    # answered when it is durable, and with it what was queued before: statuses are written within 0.2 s
+    await federation.call("POST", "/api/v1/clients/add", json={"name": "b", "client_id": "b"})
     statuses = await federation.call("GET", f"/api/v1/statuses/?session_id={session_id}", "result")
     [status] = [status for status in statuses if status["log_level"] == "WARNING"]
     assert status["status"] == "train ended with exit code 1: OSError: disk is gone"

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from fl_server.core.model import ClientId
 from fl_server.rest.app import create_app
 from fl_server.rest.bodies import Desk
+from fl_server.rest.clients import Advertised
 from fl_server.rest.schemas import ENTITIES
 from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.packages import Packages
@@ -98,7 +99,7 @@ async def serving(
         packages = Packages(store, archives, scheduler.insist, clock)
         desk = Desk(uploads, kernel, disk, MAX_MODEL_BYTES, MAX_PACKAGE_BYTES, MAX_UNPACKED_BYTES)
         async with scheduler.running(), packages.running():
-            app = create_app(scheduler, packages, desk, advertise=lambda: ("combiner.example", 12080))
+            app = create_app(scheduler, packages, desk, advertise=lambda: Advertised("combiner.example", 12080))
             transport = httpx.ASGITransport(app, raise_app_exceptions=raise_app_exceptions, client=("10.1.2.3", 4711))
             async with httpx.AsyncClient(transport=transport, base_url="http://server:8092") as http:
                 yield Api(http, app, scheduler, packages, uploads)

@@ -124,7 +124,9 @@ async def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(world: 
     logging.getLogger("fl_server.scheduler.outage").addHandler(handler)
     try:
         world.store.away = True
-        asking = [asyncio.ensure_future(world.scheduler.patch(Collection.MODELS, "seed", {"name": "x"})) for _ in range(3)]
+        asking = [
+            asyncio.ensure_future(world.scheduler.patch(Collection.MODELS, "seed", {"name": "x"})) for _ in range(3)
+        ]
         await asyncio.sleep(60)
         world.store.away = False
         await asyncio.gather(*asking)

@@ -27,6 +27,7 @@ async def test_a_client_is_assigned_and_stored(tmp_path: Path) -> None:
             "package": "local",
             "ip": "10.1.2.3",
             "port": 12080,
+            "tls": False,
             "helper_type": "",
             "client_id": "c",
         }

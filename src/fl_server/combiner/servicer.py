@@ -7,7 +7,10 @@ leave as errors, or a FEDn client ends. A store that is away is waited for `stor
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import AsyncIterable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +20,7 @@ from fl_client.wire import fl_pb2 as pb
 from fl_server.combiner import convert
 from fl_server.combiner.downloads import Downloads
 from fl_server.core.model import ClientId, Task, TaskKind, Verdict
-from fl_server.errors import Missing
+from fl_server.errors import Forbidden, Missing
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.scheduler import Scheduler
 from fl_server.scheduler.streams import Ending
@@ -25,6 +28,9 @@ from fl_server.store import spool as spooling
 from fl_server.store.ports import Collection
 
 Context = grpc.aio.ServicerContext[Any, Any]
+MAX_ID_BYTES = 1024
+# whose token the call has, where it says: set for each call before its method runs
+token_of: ContextVar[ClientId | None] = ContextVar("token_of", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,9 @@ class Limits:
     max_model_bytes: int
     uploads_at_once: int  # more wait their turn: they would only hold buffers
     upload_idle_timeout_s: float  # an upload that sends nothing for so long is dropped
+    upload_min_bytes_per_s: float  # and one that is slower than this, idle time apart
+    max_clients: int  # attached; more are told to come again
+    max_streams_per_peer: int  # of one address
     store_patience_s: float
 
 
@@ -42,19 +51,42 @@ class Servicer:
         self._scheduler, self._intake, self._downloads, self._limits = scheduler, intake, downloads, limits
         self._upload_turns = asyncio.Semaphore(limits.uploads_at_once)
         self._ids: dict[str, ClientId] = {}  # what attached clients call themselves in metadata, if not by their id
+        self._streams_of: Counter[str] = Counter()  # by address
 
     # ---- Combiner
 
     async def TaskStream(self, request: pb.ClientAvailableMessage, context: Context) -> None:
-        said = _metadata(context, "client")
-        client = ClientId(request.sender.client_id or said or request.sender.name)
+        said = metadata(context, "client")
+        client = ClientId(request.sender.client_id or token_of.get() or said or request.sender.name)
         if not client:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no client id: sender.client_id or metadata `client`")
-        scheduler, name = self._scheduler, request.sender.name
+        if token_of.get() not in (None, client):
+            raise Forbidden(f"the token is not of client {client[:100]}")
+        if len(client.encode()) > MAX_ID_BYTES:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"client id: more than {MAX_ID_BYTES} bytes")
+        address = address_of(context)
+        await self._admit_stream(client, address, context)
+        self._streams_of[address] += 1
+        try:
+            await self._stream(client, said, request.sender.name, context)
+        finally:
+            self._streams_of[address] -= 1
+            self._streams_of += Counter()  # forgets those at 0
+
+    async def _admit_stream(self, client: ClientId, address: str, context: Context) -> None:
+        limits, attached = self._limits, self._scheduler.streams.attached()
+        if client not in attached and len(attached) >= limits.max_clients:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"max_clients ({limits.max_clients}) are attached")
+        if self._streams_of[address] >= limits.max_streams_per_peer:
+            why = f"max_streams_per_peer ({limits.max_streams_per_peer}) come from this address"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, why)
+
+    async def _stream(self, client: ClientId, said: str, name: str, context: Context) -> None:
+        scheduler = self._scheduler
         async with asyncio.timeout(self._limits.store_patience_s):
             mailbox = await scheduler.attach(client, name or client, context.peer())
-        if said and said != client:
-            self._ids[said] = client
+        if said and said != client and len(said.encode()) <= MAX_ID_BYTES:
+            self._ids.setdefault(said, client)
         try:
             await context.send_initial_metadata(())  # says "attached" to a client that has no task yet
             self._note_stream(client, name, "connecting to")
@@ -63,8 +95,9 @@ class Servicer:
         finally:
             await scheduler.detach(mailbox)
             self._note_stream(client, name, "disconnected from")
-            if client not in scheduler.streams.attached():  # else a newer stream of the client is known by this name
-                self._ids.pop(said, None)
+            # else a newer stream of the client is known by this name, or another client
+            if client not in scheduler.streams.attached() and self._ids.get(said) == client:
+                del self._ids[said]
         match mailbox.ending:
             case Ending.REPLACED:
                 await context.abort(grpc.StatusCode.ABORTED, mailbox.detail)
@@ -153,7 +186,7 @@ class Servicer:
 
     async def Upload(self, requests: AsyncIterable[pb.ModelRequest], context: Context) -> pb.ModelResponse:
         """Answered OK once the bytes are durable and found; each call starts a new file."""
-        limits, received_bytes = self._limits, 0
+        limits, received_bytes, waited_s = self._limits, 0, 0.0
         upload: spooling.Upload | None = None
         async with asyncio.timeout(limits.store_patience_s):
             client = await self._sender(context, pb.Client())
@@ -161,8 +194,11 @@ class Servicer:
             try:
                 stream = aiter(requests)
                 while True:
-                    async with asyncio.timeout(limits.upload_idle_timeout_s):
+                    begun_s = time.monotonic()
+                    earned_s = received_bytes / limits.upload_min_bytes_per_s - waited_s
+                    async with asyncio.timeout(limits.upload_idle_timeout_s + min(0.0, earned_s)):
                         request = await anext(stream, None)
+                    waited_s += time.monotonic() - begun_s
                     if request is None:
                         return _refused("", "the upload ended without its closing message (status OK)")
                     if upload is None:
@@ -195,9 +231,22 @@ class Servicer:
     # ---- who and what
 
     def _attached_sender(self, context: Context, sender: pb.Client) -> ClientId:
-        """By metadata, as FEDn's clients always have it; asks no store."""
-        said = _metadata(context, "client") or sender.client_id or sender.name
+        """By its token; else by metadata, as FEDn's clients always have it. Asks no store."""
+        if (owner := token_of.get()) is not None:
+            return owner
+        said = metadata(context, "client") or sender.client_id or sender.name
+        if said in self._scheduler.streams.attached():  # an id goes before another's name
+            return ClientId(said)
         return self._ids.get(said, ClientId(said))
+
+    def check_owner(self, context: Context, sender: pb.Client | None) -> None:
+        """Raises Forbidden if the call names another client than the one of its token (by id, or as its stream did)."""
+        owner = token_of.get()
+        if owner is None:
+            return
+        for said in (metadata(context, "client"), sender.client_id if sender else ""):
+            if said and said != owner and self._ids.get(said) != owner:
+                raise Forbidden(f"the token is not of client {said[:100]}")
 
     async def _sender(self, context: Context, sender: pb.Client) -> ClientId:
         client = self._attached_sender(context, sender)
@@ -227,11 +276,17 @@ class Servicer:
         self._scheduler.journal.offer(Collection.STATUSES, document)
 
 
-def _metadata(context: Context, key: str) -> str:
-    for name, value in context.invocation_metadata() or ():
+def metadata(context: Context, key: str) -> str:
+    """The last wins: of two, a proxy wrote the second."""
+    for name, value in reversed(tuple(context.invocation_metadata() or ())):
         if name == key:
             return value if isinstance(value, str) else value.decode("utf-8", "replace")
     return ""
+
+
+def address_of(context: Context) -> str:
+    """The peer without its port: "ipv4:10.1.2.3"."""
+    return str(context.peer()).rpartition(":")[0]
 
 
 def _refused(id: str, why: str) -> pb.ModelResponse:

@@ -19,11 +19,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..auth import Gate
 from ..core.model import InvalidConfig
 from ..errors import FlserveError, Invalid
 from ..scheduler.packages import Packages
 from ..scheduler.scheduler import Scheduler
 from . import clients, combiners, feed, legacy, models, packages, records, reports, sessions
+from .access import ASKED_PATH, Access, Pace
 from .bodies import BoundedRoute, Desk
 from .schemas import ControllerStatus, Failure, Readiness, problem
 
@@ -36,9 +38,16 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    scheduler: Scheduler, kept: Packages, desk: Desk, *, advertise: Callable[[], tuple[str, int]]
+    scheduler: Scheduler,
+    kept: Packages,
+    desk: Desk,
+    *,
+    advertise: Callable[[], clients.Advertised],
+    gate: Gate | None = None,
+    url_prefix: str = "",
+    pace: Pace = Pace(),  # noqa: B008  it is frozen
 ) -> FastAPI:
-    """advertise: host and port at which clients reach the combiner."""
+    """advertise: where clients reach the combiner. gate: None lets everybody in. url_prefix: "" or "/internal"."""
     app = FastAPI(
         title="flserve",
         description="The REST API of FEDn 0.33, and what flserve adds to it.",
@@ -65,7 +74,8 @@ def create_app(
     app.add_exception_handler(InvalidConfig, _answer_invalid_config)
     app.add_exception_handler(RequestValidationError, _answer_invalid_request)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_middleware(FednPaths)
+    app.add_middleware(Access, gate=gate, pace=pace)
+    app.add_middleware(FednPaths, url_prefix=url_prefix)
     app.add_middleware(Incidents)  # the last is the outermost
     return app
 
@@ -161,13 +171,17 @@ class FednPaths:
     """Every path in one spelling: single slashes, one at the end of a collection, none at the end of others.
 
     FEDn's clients and CLI write them in all ways; a redirect would cost a round trip, and some do not follow it.
+    With a prefix, every path works with and without it.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, url_prefix: str) -> None:
+        self._app, self._prefix = app, url_prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            path = re.sub(r"/{2,}", "/", scope["path"]).rstrip("/") or "/"
-            scope = {**scope, "path": f"{path}/" if _COLLECTION.fullmatch(path) else path}
+            asked = path = re.sub(r"/{2,}", "/", scope["path"]).rstrip("/") or "/"
+            if self._prefix and path.startswith(f"{self._prefix}/"):
+                path = path.removeprefix(self._prefix)
+            path = f"{path}/" if _COLLECTION.fullmatch(path) else path
+            scope = {**scope, "path": path, ASKED_PATH: asked}
         await self._app(scope, receive, send)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from ..auth import INVALID, Identity
 from ..core.model import ClientId
-from ..errors import Invalid, NotFound, Unavailable
+from ..errors import Invalid, NotFound, Unauthorized, Unavailable
 from ..scheduler.packages import Packages
 from ..scheduler.scheduler import Scheduler
 from ..store.ports import Collection, Condition
+from .access import IDENTITY
 from .bodies import BoundedRoute
 from .records import answered
 from .schemas import AddClient, Assignment, ClientConfig, Failure, Message
@@ -24,10 +27,22 @@ RETRY_STATUS = 203  # FEDn's clients come again 3 s after it
 Join = Callable[[AddClient, Request], Awaitable[Response]]
 
 
-def joining(scheduler: Scheduler, packages: Packages, advertise: Callable[[], tuple[str, int]]) -> Join:
-    """advertise: host and port at which clients reach the combiner; no host: the one by which they called."""
+@dataclass(frozen=True, slots=True)
+class Advertised:
+    """Where clients reach the combiner."""
 
+    host: str  # empty: the one by which they called
+    port: int
+    tls: bool = False
+    fqdn: str = ""  # with one, FEDn's clients dial fqdn:443 over TLS, and send their token there
+
+
+def joining(scheduler: Scheduler, packages: Packages, advertise: Callable[[], Advertised]) -> Join:
     async def join(body: AddClient, request: Request) -> Response:
+        identity: Identity | None = request.scope.get(IDENTITY)
+        own_id = identity.client_id if identity else None
+        if own_id and body.client_id and body.client_id != own_id:
+            raise Unauthorized(f"{INVALID}: it is not of client {body.client_id[:100]}")
         try:
             if reason := scheduler.unready():
                 return _retry(reason)
@@ -39,7 +54,7 @@ def joining(scheduler: Scheduler, packages: Packages, advertise: Callable[[], tu
                 Collection.COMBINERS, (Condition("name", "eq", preferred),)
             ):
                 raise Invalid(f"combiner_preferred: Combiner {preferred} not found or unavailable.")
-            client_id = body.client_id or str(uuid.uuid4())
+            client_id = own_id or body.client_id or str(uuid.uuid4())
             ip = request.client.host if request.client else ""
             added = scheduler.add_client(
                 ClientId(client_id), name=body.name, ip=ip, package=body.package, preferred=preferred
@@ -47,15 +62,16 @@ def joining(scheduler: Scheduler, packages: Packages, advertise: Callable[[], tu
             await answered(added, ADD_S)
         except Unavailable as exc:
             return _retry(str(exc))
-        host, port = advertise()
+        at = advertise()
         return JSONResponse(
             {
                 "status": "assigned",
-                "host": host or request.url.hostname,
-                "fqdn": None,  # a client dials fqdn:443 over TLS if there is one
+                "host": at.host or request.url.hostname,
+                "fqdn": at.fqdn or None,
                 "package": body.package,
                 "ip": ip,
-                "port": port,
+                "port": at.port,
+                "tls": at.tls,
                 "helper_type": package["helper"] if package and body.package == "remote" else "",
                 "client_id": client_id,
             }

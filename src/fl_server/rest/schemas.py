@@ -545,6 +545,7 @@ class Assignment(BaseModel):
     package: str
     ip: str
     port: int
+    tls: bool  # of the port; not FEDn's
     helper_type: str
     client_id: str
 
