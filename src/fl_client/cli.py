@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fl_client.client import Client
     from fl_client.manifest import EntryPoint
     from fl_client.package import Package
+    from fl_client.tokens import Tokens
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = (
@@ -92,6 +93,11 @@ class JoinOptions:
     api_url: str | None = None
     api_port: int | None = None
     token: str | None = None
+    refresh_token: str | None = None
+    refresh_token_uri: str | None = None
+    tls_ca: Path | None = None
+    client_cert: Path | None = None
+    client_key: Path | None = None
     name: str | None = None
     client_id: str | None = None
     preferred_combiner: str | None = None
@@ -115,7 +121,12 @@ class JoinOptions:
 _ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
     "api_url": ("FL_API_URL",),
     "api_port": ("FL_API_PORT",),
-    "token": ("FL_TOKEN", "FEDN_AUTH_TOKEN"),
+    "token": ("FL_TOKEN", "FL_AUTH_TOKEN", "FEDN_AUTH_TOKEN"),
+    "refresh_token": ("FL_AUTH_REFRESH_TOKEN", "FEDN_AUTH_REFRESH_TOKEN"),
+    "refresh_token_uri": ("FL_AUTH_REFRESH_TOKEN_URI", "FEDN_AUTH_REFRESH_TOKEN_URI"),
+    "tls_ca": ("FL_TLS_CA", "FEDN_GRPC_ROOT_CERT_PATH"),
+    "client_cert": ("FL_CLIENT_CERT",),
+    "client_key": ("FL_CLIENT_KEY",),
     "name": ("FL_CLIENT_NAME",),
     "client_id": ("FL_CLIENT_ID",),
     "preferred_combiner": ("FL_PREFERRED_COMBINER",),
@@ -170,6 +181,8 @@ def _typed(name: str, value: object, *, where: str) -> Any:
         return str(value).lower() in ("true", "1", "yes")
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise _fail(f"{where}: {value!r} is not a text", USAGE)
+    if name in ("tls_ca", "client_cert", "client_key"):
+        return Path(str(value))
     return str(value)
 
 
@@ -227,6 +240,9 @@ def join(
         str | None, _said("--preferred-combiner", "-c", help="The combiner to be assigned to.")
     ] = None,
     token: Annotated[str | None, _said("--token", help="Sent with each request.")] = None,
+    tls_ca: Annotated[
+        Path | None, _said("--tls-ca", help="PEM of the CA that signed the server's certificates.")
+    ] = None,
     helper_type: Annotated[
         str | None, _said("--helper-type", "--helper_type", "-hp", help="Told to the entry points as FL_HELPER_TYPE.")
     ] = None,
@@ -250,7 +266,8 @@ def join(
     """Work for a federation until Ctrl-C: train and validate with the server's compute package, or the one here.
 
     Waits for a server that is not there. Options come from the command line, else from --init, else from FL_API_URL,
-    FL_TOKEN, FL_CLIENT_ID and so on (FEDN_AUTH_TOKEN, FEDN_AUTH_SCHEME and FEDN_PACKAGE_EXTRACT_DIR, too).
+    FL_TOKEN, FL_CLIENT_ID and so on (FEDN_AUTH_TOKEN, FEDN_AUTH_SCHEME and FEDN_PACKAGE_EXTRACT_DIR, too). With
+    FL_AUTH_REFRESH_TOKEN and FL_AUTH_REFRESH_TOKEN_URI the token is renewed before it expires.
 
     Example: flclient join --api-url http://localhost:8092 --name client1
 
@@ -260,6 +277,7 @@ def join(
         api_url=api_url,
         api_port=api_port,
         token=token,
+        tls_ca=tls_ca,
         name=name,
         client_id=client_id,
         preferred_combiner=preferred_combiner,
@@ -284,7 +302,7 @@ def join(
 def _client(options: JoinOptions) -> Client:
     from fl_client.client import Client
     from fl_client.package import Package, RemotePackage
-    from fl_client.transport import RestApi
+    from fl_client.transport import RestApi, Tls
 
     api_url = _api_url(options)
     if not (api_url or options.combiner):
@@ -292,13 +310,13 @@ def _client(options: JoinOptions) -> Client:
     if options.combiner and not options.combiner_port:
         raise _fail("--combiner needs --combiner-port", USAGE)
     name = options.name or f"client{uuid.uuid4().hex[:8]}"
-    scheme = os.environ.get("FEDN_AUTH_SCHEME") or "Bearer"
+    tokens, tls = _tokens(options), Tls(options.tls_ca, options.client_cert, options.client_key)
     about = {"client_name": name, "helper_type": options.helper_type or ""}
     runtime: Package | RemotePackage
     if options.local_package:
         runtime = Package(_local_folder(), **about)
     elif api_url:
-        api = RestApi(api_url, f"{scheme} {options.token}" if options.token else "")
+        api = RestApi(api_url, tokens, tls)
         folder = Path(options.package_dir) if options.package_dir else None
         runtime = RemotePackage(api, folder, checksum=options.package_checksum or "", **about)
     else:
@@ -309,10 +327,21 @@ def _client(options: JoinOptions) -> Client:
         combiner=f"{options.combiner}:{options.combiner_port}" if options.combiner else "",
         name=name,
         client_id=options.client_id or "",
-        token=options.token or "",
-        auth_scheme=scheme,
+        token=tokens,
+        tls=tls,
         preferred_combiner=options.preferred_combiner or "",
     )
+
+
+def _tokens(options: JoinOptions) -> Tokens:
+    from fl_client.tokens import Tokens
+
+    scheme = os.environ.get("FL_AUTH_SCHEME") or os.environ.get("FEDN_AUTH_SCHEME") or "Bearer"
+    refresh, uri = options.refresh_token or "", options.refresh_token_uri or ""
+    try:
+        return Tokens(options.token or "", scheme=scheme, refresh=refresh, refresh_uri=uri)
+    except ValueError as exc:
+        raise _fail(f"FL_AUTH_TOKEN, FL_AUTH_REFRESH_TOKEN, FL_AUTH_REFRESH_TOKEN_URI: {exc}", USAGE) from None
 
 
 def _local_folder() -> Path:

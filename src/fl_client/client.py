@@ -14,16 +14,29 @@ import logging
 import math
 import random
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from fl_client.callbacks import Callbacks, Predict, Train, TrainResult, Validate
 from fl_client.task import Due, Runtime, TaskFailed, TaskInfo, TaskKind
-from fl_client.transport import Assignment, CallRefused, ClientError, Link, RestApi, Unreachable
+from fl_client.tokens import Tokens
+from fl_client.transport import (
+    Assignment,
+    CallRefused,
+    ClientError,
+    Link,
+    Replaced,
+    RestApi,
+    TaskStream,
+    Tls,
+    TokenRefused,
+    Unreachable,
+    renew,
+)
 from fl_client.wire import fl_pb2 as pb
-from fl_client.wire.codec import MAX_MODEL_BYTES
+from fl_client.wire.codec import MAX_MODEL_BYTES, NUMPY
 
 __all__ = ["Backoff", "Client", "Predict", "TaskInfo", "Train", "TrainResult", "Validate"]
 
@@ -47,6 +60,8 @@ _QUEUED_TASKS = 16  # when full, the stream is not read: the server's flow contr
 _REPORT_TIMEOUT_S = 600.0  # a server whose store is away holds a report; asking again is free
 _FAILURES_BEFORE_ASKING = 3  # of the stream, before the REST API is asked whether the combiner moved
 _STATUS_TIMEOUT_S = 10.0
+_LONGEST_WAIT_S = 3600.0  # then the clock is looked at again: a machine may have slept
+_LEAST_RENEWAL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +102,31 @@ class Client:
         combiner: str = "",
         name: str = "",
         client_id: str = "",
-        token: str = "",
+        token: str | Tokens = "",
         auth_scheme: str = "Bearer",
+        tls: Tls | None = None,
         preferred_combiner: str = "",
         backoff: Backoff | None = None,
         max_model_bytes: int = MAX_MODEL_BYTES,
         on_report: Callable[[TaskInfo, str, str], None] | None = None,
     ) -> None:
-        """api_url: asked for a combiner; or combiner: "host:port", where there is no REST API. Raises ClientError."""
+        """api_url: asked for a combiner; or combiner: "host:port", where there is no REST API. Raises ClientError.
+
+        token: Tokens are renewed before they expire; auth_scheme is that of a text. tls: with a CA, a combiner without
+        a REST API is dialled over TLS.
+        """
         if bool(api_url) == bool(combiner):
             raise ClientError("either api_url or combiner is needed")
         self.client_id = client_id or str(uuid4())
         self.name = name or self.client_id
         if not (self.client_id.isascii() and self.client_id.isprintable()):
             raise ClientError(f"client_id: {self.client_id!r} is not printable ASCII, which gRPC needs")
+        self._tls = tls or Tls()
         self._combiner = Assignment.parse(combiner) if combiner else None
-        self._authorization = f"{auth_scheme} {token}" if token else ""
-        self._rest = RestApi(api_url, self._authorization) if api_url else None
+        if self._combiner and self._tls.ca:
+            self._combiner = replace(self._combiner, tls=True)
+        self._tokens = token if isinstance(token, Tokens) else Tokens(token, scheme=auth_scheme)
+        self._rest = RestApi(api_url, self._tokens, self._tls) if api_url else None
         self._preferred_combiner = preferred_combiner
         if runtime is None and train is not None:
             thread = f"client {self.client_id}"
@@ -116,6 +139,10 @@ class Client:
         self._on_report = on_report
 
         self._link: Link | None = None
+        self._stream: TaskStream | None = None
+        self._successor: TaskStream | None = None  # attached already, with a newer token
+        self._renew_now = asyncio.Event()
+        self._renewed = asyncio.Event()  # another one for each token
         self._waits_for = ""
         self._queue: asyncio.Queue[tuple[pb.TaskRequest, TaskInfo]] = asyncio.Queue(_QUEUED_TASKS)
         self._open: dict[str, Due] = {}  # the tasks that are queued or worked, by their keys
@@ -128,10 +155,13 @@ class Client:
             async with asyncio.TaskGroup() as group:
                 attending = group.create_task(self._attend(), name=f"attend {self.client_id}")
                 working = group.create_task(self._work(), name=f"work {self.client_id}")
+                renewing = group.create_task(self._renew(), name=f"renew {self.client_id}")
                 await self._stopping.wait()
                 attending.cancel()
                 if not self._working:
                     working.cancel()
+                await asyncio.wait({working})  # its report may need a new token
+                renewing.cancel()
         except ExceptionGroup as errors:
             ours, others = errors.split(ClientError)
             if ours is None or others is not None:
@@ -155,24 +185,93 @@ class Client:
 
     async def _attend(self) -> None:
         self._link = self._link_to(await self._until_reached(self._join))
-        failures = 0
+        failures = refusals = 0
         while True:
-            stream = self._link.attach(self._sender())
+            shown = self._tokens.count
+            stream, self._successor = self._successor or self._link.attach(self._sender()), None
+            self._stream = stream
             try:
                 if await stream.attached():
-                    failures = 0
+                    failures = refusals = 0
                     self._waits_for = ""
                     logger.info("attached to combiner %s as %s", self._link.at, self.client_id)
                 while True:
                     await self._take(await stream.task())
-            except Unreachable as exc:
+            except (Unreachable, TokenRefused, Replaced) as exc:
+                if self._successor is not None:
+                    continue
+                if isinstance(exc, Replaced) or (isinstance(exc, TokenRefused) and not self._may_renew(refusals)):
+                    raise
+                if isinstance(exc, TokenRefused):
+                    refusals += 1
+                    await self._newer_token(shown)
+                    continue
                 self._say_waiting(exc)
             finally:
+                self._stream = None
                 stream.close()
             await asyncio.sleep(self._backoff.wait_s(failures))
             failures += 1
             if self._rest is not None and failures >= _FAILURES_BEFORE_ASKING:
                 await self._follow()
+
+    # ---- the token
+
+    async def _renew(self) -> None:
+        """A new token before the old one expires, or when it is refused; the stream moves over to it."""
+        if not self._tokens.renewable:
+            return
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self._tokens.due_in_s(), _LONGEST_WAIT_S)):
+                    await self._renew_now.wait()
+            if not self._renew_now.is_set() and self._tokens.due_in_s():
+                continue
+            await self._until_reached(lambda: renew(self._tokens, self._tls))
+            logger.info("new access token")
+            self._renew_now.clear()
+            self._renewed.set()
+            self._renewed = asyncio.Event()
+            await self._move_stream()
+            await asyncio.sleep(_LEAST_RENEWAL_S)  # an issuer whose tokens are dead on arrival is not to be stormed
+
+    async def _move_stream(self) -> None:
+        """Attaches with the new token before the old stream is let go: the client is never away."""
+        former = self._stream
+        if former is None or self._link is None:
+            return  # on its way, or waiting: it attaches with the new token
+        successor = self._link.attach(self._sender())
+        try:
+            if not await successor.attached():
+                return
+        except (Unreachable, CallRefused, ClientError) as exc:
+            logger.info("the stream keeps its old token for now: %s", exc)
+            return
+        if self._stream is former:
+            self._successor = successor
+            former.close()
+        else:
+            successor.close()
+
+    def _may_renew(self, refusals: int) -> bool:
+        return self._tokens.renewable and not refusals
+
+    async def _newer_token(self, shown: int) -> None:
+        while self._tokens.count <= shown:
+            renewed = self._renewed
+            self._renew_now.set()
+            await renewed.wait()
+
+    async def _let_in(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Once more with a new token where the one that we have is refused."""
+        shown = self._tokens.count
+        try:
+            return await ask()
+        except TokenRefused:
+            if not self._tokens.renewable:
+                raise
+        await self._newer_token(shown)
+        return await ask()
 
     async def _until_reached(self, ask: Callable[[], Awaitable[T]]) -> T:
         failures = 0
@@ -192,7 +291,7 @@ class Client:
         except Unreachable as exc:
             self._say_waiting(exc)
             return
-        if assignment != self._link.at:
+        if assignment != self._link.at or assignment.tls:  # certificates may have changed
             former, self._link = self._link, self._link_to(assignment)
             await former.close()
 
@@ -205,13 +304,14 @@ class Client:
             body = {"name": self.name, "client_id": self.client_id, "package": self._runtime.package}
             if self._preferred_combiner:
                 body["preferred_combiner"] = self._preferred_combiner
-            assignment = await self._rest.assignment(body)
-        await self._runtime.prepare()
+            rest = self._rest
+            assignment = await self._let_in(lambda: rest.assignment(body))
+        await self._let_in(self._runtime.prepare)
         return assignment
 
     def _link_to(self, at: Assignment) -> Link:
         backoff = self._backoff
-        return Link(at, self.client_id, self._authorization, base_s=backoff.base_s, cap_s=backoff.cap_s)
+        return Link(at, self.client_id, self._tokens, tls=self._tls, base_s=backoff.base_s, cap_s=backoff.cap_s)
 
     def _say_waiting(self, reason: Exception) -> None:
         if str(reason) != self._waits_for:
@@ -226,6 +326,7 @@ class Client:
         if (known := self._open.get(_key(request))) is not None:
             known.at_s = due_s  # the server sends it again because we attached again
             return
+        config = _config(request.data)
         task = TaskInfo(
             task_id=_key(request),
             kind=_KINDS[request.type],
@@ -234,8 +335,9 @@ class Client:
             attempt=request.attempt,
             model_id=request.model_id,
             client_id=self.client_id,
-            settings=_settings(request.data),
+            settings=_object(config.get("client_settings")),
             deadline=request.deadline,
+            helper=request.helper or str(config.get("helper_type") or NUMPY),
             due=Due(due_s),
         )
         self._open[task.task_id] = task.due
@@ -381,9 +483,8 @@ class Client:
         failures = 0
         waits_for = ""
         while True:
-            assert self._link is not None
             try:
-                return await call(self._link)
+                return await self._let_in(lambda: call(self._linked()))
             except Unreachable as exc:
                 if self._stopping.is_set():
                     raise _GivenBack(str(exc)) from exc
@@ -394,6 +495,11 @@ class Client:
                 async with asyncio.timeout(self._backoff.wait_s(failures)):
                     await self._stopping.wait()
             failures += 1
+
+    def _linked(self) -> Link:
+        """The newest."""
+        assert self._link is not None
+        return self._link
 
     def _tell(self, task: TaskInfo, response: pb.Response) -> None:
         verdict = _VERDICTS.get(response.verdict, "")
@@ -409,15 +515,16 @@ def _key(request: pb.TaskRequest) -> str:
     return request.task_id or request.correlation_id  # FEDn's server gives no task_id
 
 
-def _settings(data: str) -> Mapping[str, Any]:
+def _config(data: str) -> Mapping[str, Any]:
+    """The task's data; FEDn's server says the helper there, for training alone."""
     try:
-        config = json.loads(data) if data else {}
+        return _object(json.loads(data) if data else {})
     except ValueError:
         return {}
-    match config:
-        case {"client_settings": dict(settings)}:
-            return settings
-    return {}
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _due_s(request: pb.TaskRequest, now_s: float) -> float:

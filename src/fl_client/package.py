@@ -27,6 +27,7 @@ from fl_client.manifest import EntryPoint, PackageError, find_folder, read_manif
 from fl_client.task import TaskFailed, TaskInfo, TaskKind, Trained, checked_num_examples
 from fl_client.transport import RestApi
 from fl_client.wire.archive import BadArchive, Limits, check, unpack
+from fl_client.wire.codec import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class Package:
 
     async def train(self, model: bytearray, task: TaskInfo) -> Trained:
         with _room() as room:
-            given, made = room / "model.npz", room / "trained.npz"
+            suffix = SUFFIXES.get(task.helper, "")
+            given, made = room / f"model{suffix}", room / f"trained{suffix}"
             await asyncio.to_thread(given.write_bytes, model)
             _metadata_of(given).write_text(json.dumps(task.settings))
             await self._work(task, given, made)
@@ -77,14 +79,14 @@ class Package:
 
     async def validate(self, model: bytearray, task: TaskInfo) -> str:
         with _room() as room:
-            given, made = room / "model.npz", room / "metrics.json"
+            given, made = room / f"model{SUFFIXES.get(task.helper, '')}", room / "metrics.json"
             await asyncio.to_thread(given.write_bytes, model)
             await self._work(task, given, made)
             return json.dumps(_json_object(made, task.kind))
 
     async def predict(self, model: bytearray, task: TaskInfo) -> str:
         with _room() as room:
-            given, made = room / "model.npz", room / "prediction.json"
+            given, made = room / f"model{SUFFIXES.get(task.helper, '')}", room / "prediction.json"
             await asyncio.to_thread(given.write_bytes, model)
             await self._work(task, given, made)
             return json.dumps(_json(made, task.kind))
@@ -113,6 +115,7 @@ class Package:
             variables["VIRTUAL_ENV"] = str(venv)
         variables |= {name: value for name, value in self._variables.items() if value}
         if task:
+            variables.setdefault("FL_HELPER_TYPE", task.helper)
             variables |= {
                 "FL_ROUND": str(task.round),
                 "FL_CLIENT_ID": task.client_id,

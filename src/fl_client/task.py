@@ -38,6 +38,7 @@ class TaskInfo:
     settings: Mapping[str, Any]  # the session's client_settings
     deadline: float  # seconds since the epoch, by the server's clock; 0: none
     due: Due = field(default_factory=Due, compare=False, repr=False)
+    helper: str = "numpyhelper"  # the format of the model, and of the update
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 The only file that knows httpx and grpc: their errors become ours here, and nothing is tried twice here.
 
-  ClientError     the end of this client: it is refused, replaced, or wrongly set up
+  ClientError     the end of this client: it is wrongly set up, or
+    TokenRefused    not let in with the token that it has now
+    Replaced        another process with its id took over
   Unreachable     it may work later, and may have happened: do it again
   CallRefused     this call will never work, others may
 """
@@ -11,14 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import grpc
 import httpx
 
+from fl_client.tokens import Tokens
 from fl_client.wire import fl_pb2 as pb
 from fl_client.wire import fl_pb2_grpc
 from fl_client.wire.chunks import split
@@ -33,12 +38,53 @@ class ClientError(Exception):
     pass
 
 
+class TokenRefused(ClientError):
+    pass
+
+
+class Replaced(ClientError):
+    pass
+
+
 class Unreachable(Exception):
     pass
 
 
 class CallRefused(Exception):
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files in PEM; they are read at each use, so that new ones count without a restart."""
+
+    ca: Path | None = None  # whom to believe; None: whom this machine does
+    certificate: Path | None = None  # of this client, where the server wants one
+    key: Path | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Raises ClientError."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.certificate:
+                context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as exc:
+            raise ClientError(f"TLS: {self._names()}: {exc.strerror or exc}") from exc
+        return context
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Raises ClientError."""
+        try:
+            ca, key, certificate = (
+                path.read_bytes() if path else None
+                for path in (self.ca, self.key or self.certificate, self.certificate)
+            )
+        except OSError as exc:
+            raise ClientError(f"TLS: {exc.filename}: {exc.strerror}") from exc
+        return grpc.ssl_channel_credentials(ca, key, certificate)
+
+    def _names(self) -> str:
+        return ", ".join(str(path) for path in (self.ca, self.certificate, self.key) if path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +110,8 @@ class Assignment:
 class RestApi:
     """The few requests of a client. Each is sent once; Unreachable: worth to ask again, ClientError: not."""
 
-    def __init__(self, api_url: str, authorization: str) -> None:
-        """authorization: the header's value; empty: none."""
-        self._api_url = api_url.rstrip("/")
-        self._headers = {"Authorization": authorization} if authorization else {}
+    def __init__(self, api_url: str, tokens: Tokens, tls: Tls | None = None) -> None:
+        self._api_url, self._tokens, self._tls = api_url.rstrip("/"), tokens, tls or Tls()
 
     async def assignment(self, body: Mapping[str, str]) -> Assignment:
         """POST clients/add."""
@@ -80,8 +124,8 @@ class RestApi:
             match _json(reply):
                 case {"fqdn": str(fqdn)} if fqdn:
                     return Assignment(fqdn, 443, tls=True)
-                case {"host": str(host), "port": int(port)} if host:
-                    return Assignment(host, port, tls=port == 443)
+                case {"host": str(host), "port": int(port), **more} if host:
+                    return Assignment(host, port, tls=more.get("tls") is True or port == 443)
         raise ClientError(f"{url} assigned no combiner: {message}")
 
     async def package_checksum(self) -> str:
@@ -111,25 +155,52 @@ class RestApi:
 
     @asynccontextmanager
     async def _request(self, method: str, path: str, **content: Any) -> AsyncIterator[httpx.Response]:
-        url = self._api_url + path
-        try:
-            async with (
-                httpx.AsyncClient(timeout=_ASK_TIMEOUT_S, follow_redirects=True, mounts=_NO_PROXY) as http,
-                http.stream(method, url, headers=self._headers, **content) as reply,
-            ):
-                yield reply
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
-            raise ClientError(f"api_url: {self._api_url!r}: {exc}") from exc
-        except httpx.HTTPError as exc:
-            if isinstance(exc, httpx.RemoteProtocolError) and "illegal" in str(exc):  # gRPC's port, say
-                raise ClientError(f"{url} is no REST API: what answers there speaks no HTTP/1.1") from exc
-            raise Unreachable(f"{url} does not answer ({type(exc).__name__}: {exc})") from exc
+        authorization = self._tokens.authorization
+        headers = {"Authorization": authorization} if authorization else {}
+        async with _reply(method, self._api_url + path, self._tls, headers=headers, **content) as reply:
+            yield reply
+
+
+@asynccontextmanager
+async def _reply(method: str, url: str, tls: Tls, **content: Any) -> AsyncIterator[httpx.Response]:
+    verify = tls.context()  # over http, too: it may send us on to https
+    try:
+        async with (
+            httpx.AsyncClient(timeout=_ASK_TIMEOUT_S, follow_redirects=True, mounts=_NO_PROXY, verify=verify) as http,
+            http.stream(method, url, **content) as reply,
+        ):
+            yield reply
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
+        raise ClientError(f"api_url: {url!r}: {exc}") from exc
+    except httpx.HTTPError as exc:
+        if isinstance(exc, httpx.RemoteProtocolError) and "illegal" in str(exc):  # gRPC's port, say
+            raise ClientError(f"{url} is no REST API: what answers there speaks no HTTP/1.1") from exc
+        raise Unreachable(f"{url} does not answer ({type(exc).__name__}: {exc})") from exc
+
+
+async def renew(tokens: Tokens, tls: Tls) -> None:
+    """A new access token, as FEDn's clients get it: POST {"refresh": …} answers {"access": …}."""
+    async with _reply("POST", tokens.refresh_uri, tls, json={"refresh": tokens.refresh}) as reply:
+        await reply.aread()
+        if reply.status_code not in (200, 201):
+            _expect_200(reply)
+        match _json(reply):
+            case {"access": str(access), **more} if access:
+                refresh = more.get("refresh")
+                try:
+                    tokens.take(access, refresh if isinstance(refresh, str) else "")
+                except ValueError as exc:
+                    raise ClientError(f"{reply.url}: {exc}") from None
+                return
+    raise ClientError(f"{reply.url} answered no access token")
 
 
 def _expect_200(reply: httpx.Response) -> None:
     text = f"{reply.url} answered {reply.status_code}: {_message(reply)}"
     if reply.status_code in (500, 502, 503, 504, 408, 429):
         raise Unreachable(text)
+    if reply.status_code == 401:
+        raise TokenRefused(text)
     if reply.status_code != 200:
         raise ClientError(text)
 
@@ -160,7 +231,6 @@ def _json(reply: httpx.Response) -> object:
 
 
 # Our server leaves only UNAVAILABLE and the two of authentication; the others come from proxies and from FEDn's.
-_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _AGAIN = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
@@ -178,7 +248,9 @@ def _our_errors(call: str) -> Iterator[None]:
         yield
     except grpc.aio.AioRpcError as exc:
         text = f"{call}: {exc.code().name}: {exc.details()}"
-        if exc.code() in _REFUSED:
+        if exc.code() is grpc.StatusCode.UNAUTHENTICATED:
+            raise TokenRefused(text) from exc
+        if exc.code() is grpc.StatusCode.PERMISSION_DENIED:
             raise ClientError(text) from exc
         if exc.code() in _AGAIN:
             raise Unreachable(text) from exc
@@ -217,7 +289,7 @@ class TaskStream:
             message: object = await self._call.read()
         except grpc.aio.AioRpcError as exc:
             if exc.code() is grpc.StatusCode.ABORTED and "attached again" in (exc.details() or ""):
-                raise ClientError(f"another process with this client id took over: {exc.details()}") from exc
+                raise Replaced(f"another process with this client id took over: {exc.details()}") from exc
             raise
         return message
 
@@ -231,9 +303,10 @@ class Link:
     Transfers have no deadline: a combiner may take its time to admit one, and a dead peer is found by the pings.
     """
 
-    def __init__(self, at: Assignment, client_id: str, authorization: str, *, base_s: float, cap_s: float) -> None:
-        """authorization: the metadata's value; empty: none."""
-        self.at = at
+    def __init__(
+        self, at: Assignment, client_id: str, tokens: Tokens, *, tls: Tls, base_s: float, cap_s: float
+    ) -> None:
+        self.at, self._tokens = at, tokens
         options = [
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 20_000),
@@ -244,15 +317,18 @@ class Link:
             ("grpc.max_reconnect_backoff_ms", int(cap_s * 1000)),
         ]
         if at.tls:
-            self._channel = grpc.aio.secure_channel(str(at), grpc.ssl_channel_credentials(), options)
+            self._channel = grpc.aio.secure_channel(str(at), tls.credentials(), options)
         else:
             self._channel = grpc.aio.insecure_channel(str(at), options)
-        self._metadata = [("client", client_id), ("grpc-server", at.host)]
-        if authorization:
-            self._metadata.append(("authorization", authorization))
+        self._said = (("client", client_id), ("grpc-server", at.host))
         self._combiner = _stubs.CombinerStub(self._channel)
         self._connector = _stubs.ConnectorStub(self._channel)
         self._models = _stubs.ModelServiceStub(self._channel)
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        authorization = self._tokens.authorization
+        return (*self._said, ("authorization", authorization)) if authorization else self._said
 
     async def close(self) -> None:
         await self._channel.close(None)

@@ -19,15 +19,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fl_server.auth import HMAC, Failures, Gate, Verifier
 from fl_server.combiner.downloads import Downloads
 from fl_server.combiner.server import CombinerServer
 from fl_server.combiner.servicer import Limits, Servicer
-from fl_server.errors import Unavailable
+from fl_server.errors import Invalid, Unavailable
+from fl_server.rest.access import Pace
 from fl_server.rest.app import create_app
 from fl_server.rest.bodies import Desk
+from fl_server.rest.clients import Advertised
 from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.packages import Packages
@@ -37,6 +43,7 @@ from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import BlobStore, StateStore
 from fl_server.store.spool import Spool
 from fl_server.store.sqlite import SqliteStateStore
+from fl_server.tls import Certificates, private_certificates
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +78,7 @@ class Server:
     api_url: str
     grpc_port: int
     scheduler: Scheduler
+    rpcs: tuple[str, ...]  # package.Service/Method
 
 
 @asynccontextmanager
@@ -101,6 +109,7 @@ async def scheduling(
             rejoin_window_s=settings.rejoin_window_s,
             upload_ttl_s=settings.upload_ttl_s,
             telemetry_ttl_s=settings.telemetry_ttl_s,
+            prediction_timeout_s=settings.prediction_timeout_s,
         )
         scheduler = Scheduler(store, workshop, updates, clock, patience)
         packages = Packages(store, archives, scheduler.insist, clock)
@@ -156,20 +165,85 @@ async def _opened_files(blobs: FileBlobStore) -> AsyncIterator[BlobStore]:
     yield blobs
 
 
+def gate(settings: Settings, clock: Callable[[], float] = time.time) -> Gate | None:
+    """None: authentication is off. Raises Invalid."""
+    if not settings.jwt_secret_key.get_secret_value():
+        return None
+    return Gate(
+        Verifier.of(
+            settings.jwt_secret_key.get_secret_value(),
+            algorithm=settings.jwt_algorithm,
+            scheme=settings.auth_scheme,
+            claim_key=settings.jwt_custom_claim_key,
+            claim_value=settings.jwt_custom_claim_value,
+            clock=clock,
+        ),
+        Failures(settings.auth_failures_per_minute, time.monotonic),
+        settings.auth_whitelist_url,
+    )
+
+
+def certificates(settings: Settings) -> Certificates | None:
+    """None: both ports are plaintext. Raises Invalid."""
+    given, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if settings.tls == "auto":
+        if given or key:
+            raise Invalid("tls: auto makes the certificate; tls_cert and tls_key are for one that is there")
+        named = [settings.advertise_host, settings.grpc_trusted_proxy, settings.host]
+        made = private_certificates(
+            settings.data_dir / "tls", [name for name in named if name not in ("0.0.0.0", "::")]
+        )
+        logger.info("private CA", extra={"ca": made.ca})
+        given, key = made.certificate, made.key
+    if given and key:
+        return Certificates(given, key, client_ca)
+    if given or key or client_ca:
+        raise Invalid("tls_cert, tls_key: both are needed")
+    return None
+
+
+def say_who_may_call(settings: Settings) -> None:
+    """In the log, at the start."""
+    secret = settings.jwt_secret_key.get_secret_value()
+    has_tls = bool(settings.tls_cert or settings.tls)
+    if not secret:
+        logger.warning("authentication is off: whoever reaches the ports may do all; jwt_secret_key turns it on")
+        return
+    logger.info("authentication is on", extra={"algorithm": settings.jwt_algorithm})
+    if settings.jwt_algorithm in HMAC and len(secret.encode()) < 32:
+        logger.warning("jwt_secret_key is short: 32 random bytes cannot be guessed, this one may be")
+    if not has_tls and not settings.grpc_trusted_proxy:
+        logger.warning(
+            "gRPC is plaintext: tokens can be read on the way, and FEDn's own client sends none there and is refused; "
+            "tls_cert, or grpc_trusted_proxy where a proxy ends TLS"
+        )
+
+
 @asynccontextmanager
 async def serving(settings: Settings, clock: Callable[[], float] = time.time) -> AsyncIterator[Server]:
-    """A server that is ready, until the block is left. Raises Owned, Unavailable (a port is taken)."""
+    """A server that is ready, until the block is left. Raises Owned, Unavailable (a port is taken), Invalid."""
+    entry, tls = gate(settings), certificates(settings)
     with executors() as pools:
         async with scheduling(settings, pools, clock) as (scheduler, packages):
             limits = Limits(
                 max_model_bytes=settings.max_model_bytes,
                 uploads_at_once=settings.uploads_at_once,
                 upload_idle_timeout_s=settings.upload_idle_timeout_s,
+                upload_max_chunks=settings.upload_max_chunks,
+                upload_min_bytes_per_s=settings.upload_min_bytes_per_s,
+                max_clients=settings.max_clients,
+                max_streams_per_peer=settings.max_streams_per_peer,
                 store_patience_s=settings.store_patience_s,
             )
             downloads = Downloads(scheduler, pools.disk, kept_bytes=settings.download_cache_bytes)
             servicer = Servicer(scheduler, Intake(scheduler), downloads, limits)
-            combiner = CombinerServer(servicer, upload_window=settings.grpc_upload_window)
+            combiner = CombinerServer(
+                servicer,
+                upload_window=settings.grpc_upload_window,
+                unready=scheduler.unready,
+                gate=entry,
+                credentials=tls.credentials() if tls else None,
+            )
             grpc_port = await combiner.start(settings.host, settings.grpc_port)
             try:
                 advertised = settings.advertise_host or _dialled(settings.host)
@@ -182,13 +256,73 @@ async def serving(settings: Settings, clock: Callable[[], float] = time.time) ->
                     max_package_bytes=settings.package_max_bytes,
                     max_unpacked_bytes=settings.package_unpacked_max_bytes,
                 )
-                rest = create_app(scheduler, packages, desk, advertise=lambda: (settings.advertise_host, grpc_port))
-                async with _http(rest, settings.host, settings.api_port) as api_port:
-                    yield Server(_url(_dialled(settings.host), api_port), grpc_port, scheduler)
+                fqdn = settings.grpc_trusted_proxy or (settings.advertise_host if tls and grpc_port == 443 else "")
+                at = Advertised(settings.advertise_host, grpc_port, tls=tls is not None, fqdn=fqdn)
+                rest = create_app(
+                    scheduler,
+                    packages,
+                    desk,
+                    advertise=lambda: at,
+                    gate=entry,
+                    url_prefix=settings.custom_url_prefix,
+                    pace=Pace(settings.upload_idle_timeout_s, settings.upload_min_bytes_per_s),
+                )
+                async with _http(rest, settings, tls) as api_port:
+                    api_url = f"{'https' if tls else 'http'}://{_dialled(settings.host)}:{api_port}"
+                    yield Server(api_url, grpc_port, scheduler, tuple(combiner.rpcs))
                     scheduler.stop_serving()
             finally:
                 scheduler.stop_serving()
                 await combiner.stop(settings.drain_timeout_s)
+
+
+def _patient(header_timeout_s: float) -> type[H11Protocol]:
+    class Patient(H11Protocol):
+        """Hangs up on a connection whose next request does not come to the end of its headers (slow loris)."""
+
+        _hang_up: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._time_headers()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._time_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timing()
+            super().connection_lost(exc)
+
+        def _time_headers(self) -> None:
+            if self.conn.their_state is not h11.IDLE:
+                self._stop_timing()
+            elif self._hang_up is None:
+                self._hang_up = self.loop.call_later(header_timeout_s, self._give_up)
+
+        def _stop_timing(self) -> None:
+            if self._hang_up is not None:
+                self._hang_up.cancel()
+                self._hang_up = None
+
+        def _give_up(self) -> None:
+            self._hang_up = None
+            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+                self.transport.close()
+
+    return Patient
+
+
+def openapi() -> dict[str, Any]:
+    """The REST API's description. No store is opened for it and nothing runs."""
+    nowhere = Path("nowhere")
+    with executors() as pools:
+        models, updates, archives = (FileBlobStore(nowhere, pools.disk) for _ in range(3))
+        store, spool = SqliteStateStore(nowhere, pools.state), Spool(nowhere, pools.disk, max_bytes=1)
+        scheduler = Scheduler(store, Workshop(models, spool, pools.kernel, nowhere, 1), updates, time.time)
+        packages = Packages(store, archives, scheduler.insist, time.time)
+        desk = Desk(nowhere, pools.kernel, pools.disk, max_model_bytes=1, max_package_bytes=1, max_unpacked_bytes=1)
+        return create_app(scheduler, packages, desk, advertise=lambda: Advertised("", 0)).openapi()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -208,20 +342,26 @@ class _Uvicorn(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _http(app: object, host: str, port: int) -> AsyncIterator[int]:
+async def _http(app: object, settings: Settings, tls: Certificates | None) -> AsyncIterator[int]:
+    host, port = settings.host, settings.api_port
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
     except OSError as taken:
         raise Unavailable(f"REST port {port} on {host} is taken: {taken.strerror or taken}") from taken
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
+        http=_patient(settings.http_header_timeout_s),
         log_config=None,
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=2,
         server_header=False,
     )
+    config.load()
+    if tls is not None:
+        config.ssl = tls.context()
     server = _Uvicorn(config)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve(sockets=[listening]), name="rest")
@@ -248,6 +388,7 @@ async def run(settings: Settings, ready: Callable[[Server], None]) -> None:
     try:
         async with serving(settings) as server:
             starting = None
+            say_who_may_call(settings)
             ready(server)
             await stopped.wait()
             logger.info("stopping")

@@ -1,4 +1,4 @@
-"""Who may call what: tokens (JWT, RFC 7519) are verified here, and one table says which role may call which route or RPC.
+"""Who may call what: tokens (JWT, RFC 7519) are verified here; one table says which role may call which route and RPC.
 
 What is not in the table is refused. A token is only ever read with the one algorithm and key that the settings name,
 whatever it says of itself; no token and no secret gets into a message, a log line or a repr.
@@ -76,6 +76,8 @@ ACCESS: Mapping[str, Roles] = {
     f"POST {_API}/combiners/clients/count": ADMIN,
     f"DELETE {_API}/combiners/{{id}}": ADMIN,
     f"POST {_API}/models/": ADMIN,
+    f"GET {_API}/models/active": ADMIN,
+    f"PUT {_API}/models/active": ADMIN,
     f"GET {_API}/models/leaf-nodes": ADMIN,
     f"PATCH {_API}/models/{{id}}": ADMIN,
     f"PUT {_API}/models/{{id}}": ADMIN,

@@ -6,6 +6,7 @@ Our own modules are imported inside the functions that need them, here alone: a 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import sys
 from importlib import metadata
@@ -24,6 +25,9 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+)
+token_app = typer.Typer(
+    name="token", help="Tokens, for a server with FL_JWT_SECRET_KEY.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -58,6 +62,13 @@ def up(
     grpc_port: Annotated[int | None, _option("gRPC; 0: a free one. [default: 12080]")] = None,
     advertise_host: Annotated[str | None, _option("Address that clients are told to dial.")] = None,
     log_level: Annotated[str | None, _option("DEBUG, INFO, WARNING or ERROR. [default: INFO]")] = None,
+    tls: Annotated[str | None, _option("auto: make a private CA and certificates under the data directory.")] = None,
+    tls_cert: Annotated[Path | None, _option("Certificate chain in PEM, for both ports.")] = None,
+    tls_key: Annotated[Path | None, _option("Its private key.")] = None,
+    tls_client_ca: Annotated[Path | None, _option("Callers need a certificate of this CA.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine though nobody has to say who he is.")
+    ] = False,
     config: Annotated[Path | None, _option("Settings in TOML; `flserve settings` lists them all.")] = None,
     ready_file: Annotated[Path | None, _option("Written when ready: JSON with api_url and grpc_port.")] = None,
 ) -> None:
@@ -77,11 +88,18 @@ def up(
         "grpc_port": grpc_port,
         "advertise_host": advertise_host,
         "log_level": log_level.upper() if log_level else None,
+        "tls": tls,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
     }
     try:
         settings = Settings.load(config, given)
     except Invalid as wrong:
         raise fail(wrong, Exit.USAGE) from None
+    if not (settings.jwt_secret_key.get_secret_value() or insecure or _is_loopback(settings.host)):
+        why = f"host: {settings.host} is beyond this machine, and authentication is off: anybody could do anything"
+        raise fail(f"{why}; set FL_JWT_SECRET_KEY, or type --insecure", Exit.USAGE)
     log.configure(settings.log_level)
 
     def ready(server: Server) -> None:
@@ -107,6 +125,52 @@ def up(
         raise fail(first) from None
 
 
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@token_app.command()
+def create(
+    role: Annotated[str, typer.Option(help="admin, client or combiner.")],
+    client_id: Annotated[str | None, _option("The one client that may use it.")] = None,
+    expires: Annotated[str, typer.Option(help="A number with s, m, h or d.")] = "30d",
+    config: Annotated[Path | None, _option("Settings in TOML, as of `flserve up`.")] = None,
+) -> None:
+    """Sign a token with the server's secret (FL_JWT_SECRET_KEY), and print it: for those without an issuer.
+
+    Example: flserve token create --role client --client-id hospital-a --expires 30d
+    """
+    from fl_server.app import gate
+    from fl_server.auth import Role
+    from fl_server.errors import Invalid
+    from fl_server.settings import Settings
+
+    if role not in list(Role):
+        raise fail(f"--role: {role}: one of {', '.join(Role)} is needed", Exit.USAGE)
+    if role == Role.CLIENT and not client_id:
+        raise fail("--client-id: missing: without it, the token could act as any client", Exit.USAGE)
+    try:
+        entry = gate(Settings.load(config, {}))
+        if entry is None:
+            raise Invalid("jwt_secret_key: not set; FL_JWT_SECRET_KEY is what the server verifies with")
+        typer.echo(entry.verifier.sign(Role(role), client_id=client_id, lifetime_s=_seconds("--expires", expires)))
+    except Invalid as wrong:
+        raise fail(wrong, Exit.USAGE) from None
+
+
+def _seconds(option: str, text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    number, unit = text[:-1], text[-1:]
+    if not (unit in units and number.isascii() and number.isdigit() and 0 < int(number) <= 10**6):
+        raise fail(f"{option}: {text}: a number with s, m, h or d is needed, such as 30d", Exit.USAGE)
+    return float(int(number) * units[unit])
+
+
 @app.command()
 def settings() -> None:
     """List all settings with their `FL_*` variable, default and meaning.
@@ -122,6 +186,26 @@ def settings() -> None:
     for name, field in Settings.model_fields.items():
         table.add_row(name, PREFIX + name.upper(), str(field.default), field.description or "")
     Console().print(table)
+
+
+@app.command()
+def openapi(
+    output: Annotated[Path | None, _option("The file. [default: standard output]")] = None,
+) -> None:
+    """Write the REST API's description (OpenAPI 3.1, JSON); no server is needed.
+
+    Example: flserve openapi --output openapi.json
+    """
+    from fl_server.app import openapi as described
+
+    text = json.dumps(described(), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as refused:
+        raise fail(f"{output}: {refused.strerror}", Exit.USAGE) from None
 
 
 @app.command()
@@ -143,7 +227,7 @@ def demo(
 
 app.command()(commands.explain)
 app.command()(commands.events)
-for group in commands.GROUPS.values():
+for group in (*commands.GROUPS.values(), token_app):
     app.add_typer(group)
 
 

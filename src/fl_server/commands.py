@@ -7,6 +7,7 @@ Thin: they ask through fl_client's APIClient and print. What cannot be done is o
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,7 +65,8 @@ def server(api_url: str, token: str | None) -> Iterator[fl_client.APIClient]:
     if marked and scheme not in ("http", "https"):
         raise fail(f"--api-url: {api_url}: http:// or https:// needed", Exit.USAGE)
     try:
-        yield fl_client.APIClient(host, secure=scheme == "https", verify=scheme == "https", token=token)
+        verify = (os.environ.get("FL_TLS_CA") or True) if scheme == "https" else False
+        yield fl_client.APIClient(host, secure=scheme == "https", verify=verify, token=token)
     except fl_client.APIError as exc:
         raise fail(exc, Exit.NO_SERVER if exc.status_code is None else Exit.REFUSED) from None
     except BrokenPipeError:

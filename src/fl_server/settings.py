@@ -105,6 +105,7 @@ class Settings(BaseSettings):
     uploads_at_once: Annotated[int, Field(ge=1)] = Field(8, description="more wait their turn")
     upload_idle_timeout_s: Seconds = Field(60.0, description="an upload that sends nothing for so long is dropped")
     upload_min_bytes_per_s: Bytes = Field(1024, description="slower uploads are dropped, on both ports")
+    upload_max_chunks: Count = Field(1_000_000, description="messages of one upload; a client sends 1 MiB in each")
     http_header_timeout_s: Seconds = Field(20.0, description="a request's line and headers must be here within this")
     max_clients: Count = Field(20_000, description="attached at a time; more are told to come again")
     max_streams_per_peer: Count = Field(10_000, description="task streams of one address; more are told to come again")
@@ -116,6 +117,7 @@ class Settings(BaseSettings):
     rejoin_window_s: Seconds = Field(60.0, description="after a restart, clients are expected back within this")
     package_max_bytes: Bytes = Field(256 * 2**20, description="largest compute package, as it is uploaded")
     package_unpacked_max_bytes: Bytes = Field(2**30, description="what a compute package may hold, unpacked")
+    prediction_timeout_s: Seconds = Field(600.0, description="a prediction run that says no timeout ends after this")
     telemetry_ttl_s: Seconds = Field(86_400.0, description="telemetry is kept for so long")
     drain_timeout_s: Seconds = Field(5.0, description="a stop waits so long for calls under way")
 

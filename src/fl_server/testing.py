@@ -145,10 +145,10 @@ class Federation:
 
     # ---- sessions
 
-    async def add_seed(self, parameters: Sequence[npt.NDArray[Any]]) -> str:
+    async def add_seed(self, parameters: Sequence[npt.NDArray[Any]], *, helper: str = codec.NUMPY) -> str:
         """The model's id."""
-        files = {"file": ("seed.npz", codec.encode(parameters))}
-        return str(await self.call("POST", "/api/v1/models/", "model_id", files=files))
+        files = {"file": (f"seed{codec.SUFFIXES[helper]}", codec.encode(parameters, helper=helper))}
+        return str(await self.call("POST", "/api/v1/models/", "model_id", files=files, data={"helper": helper}))
 
     async def create_session(self, model_id: str, *, name: str | None = None, **config: Any) -> str:
         """config: FEDn's session_config keys; what is left out is as in CONFIG. Returns the session's id."""
@@ -175,7 +175,8 @@ class Federation:
 
     async def run(self, parameters: Sequence[npt.NDArray[Any]], *, rounds: int, **config: Any) -> dict[str, Any]:
         """A session from this seed to its end; its object."""
-        session_id = await self.create_session(await self.add_seed(parameters), rounds=rounds, **config)
+        seed = await self.add_seed(parameters, helper=config.get("helper_type", CONFIG["helper_type"]))
+        session_id = await self.create_session(seed, rounds=rounds, **config)
         await self.start(session_id, rounds=rounds)
         return await self.ended(session_id)
 
@@ -185,7 +186,8 @@ class Federation:
     async def parameters(self, model_id: str) -> codec.Parameters:
         reply = await self.until(self.http.get(f"/api/v1/models/{model_id}/download"))
         reply.raise_for_status()
-        return codec.decode(reply.content)
+        helper = codec.recognised(memoryview(reply.content)) or codec.BINARY
+        return codec.decode(reply.content, helper=helper)
 
     async def event(self, kind: str, *, after: int | None = 0, **data: Any) -> FeedEvent:
         """The first event of this kind with these data; after=0: also among those of the past that the feed keeps."""

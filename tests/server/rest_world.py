@@ -75,9 +75,9 @@ class Api:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *, raise_app_exceptions: bool = True, patience: Patience | None = None
+    folder: Path, *, raise_app_exceptions: bool = True, patience: Patience | None = None, **door: Any
 ) -> AsyncIterator[Api]:
-    """May be called again on the same folder: a restart."""
+    """May be called again on the same folder: a restart. door: gate, url_prefix, pace of create_app."""
     with ExitStack() as stack:
         state, disk, kernel = (stack.enter_context(ThreadPoolExecutor(threads)) for threads in (1, 2, 1))
         store = SqliteStateStore(folder / "state.sqlite", state)
@@ -99,7 +99,8 @@ async def serving(
         packages = Packages(store, archives, scheduler.insist, clock)
         desk = Desk(uploads, kernel, disk, MAX_MODEL_BYTES, MAX_PACKAGE_BYTES, MAX_UNPACKED_BYTES)
         async with scheduler.running(), packages.running():
-            app = create_app(scheduler, packages, desk, advertise=lambda: Advertised("combiner.example", 12080))
+            at = Advertised("combiner.example", 12080)
+            app = create_app(scheduler, packages, desk, advertise=lambda: at, **door)
             transport = httpx.ASGITransport(app, raise_app_exceptions=raise_app_exceptions, client=("10.1.2.3", 4711))
             async with httpx.AsyncClient(transport=transport, base_url="http://server:8092") as http:
                 yield Api(http, app, scheduler, packages, uploads)

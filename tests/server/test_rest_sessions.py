@@ -63,7 +63,7 @@ WRONG_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rounds": True}, "rounds: "),
     ({"aggregator": "nope"}, "aggregator: "),
     ({"aggregator_kwargs": [1]}, "aggregator_kwargs: "),
-    ({"helper_type": "nope"}, "helper_type: 'nope' is unknown; known: numpyhelper"),
+    ({"helper_type": "nope"}, "helper_type: 'nope' is unknown; known: binaryhelper, numpyhelper, safetensors"),
     ({"model_id": "nope"}, "model_id: no model nope"),
     ({"model_id": None}, "model_id: missing"),
     ({"model_id": ""}, "model_id: missing"),

@@ -101,7 +101,7 @@ ConnectionStatus: NOT_ACCEPTING ACCEPTING TRY_AGAIN_LATER
 OUR_FIRST_NUMBER = 100
 OURS = {
     "Response": {100: "verdict Verdict", 101: "reason"},
-    "TaskRequest": {100: "task_id", 101: "round uint32", 102: "attempt uint32", 103: "deadline double"},
+    "TaskRequest": {100: "task_id", 101: "round uint32", 102: "attempt uint32", 103: "deadline double", 104: "helper"},
     "ModelUpdate": {100: "task_id", 101: "size_bytes uint64", 102: "sha256", 103: "failure"},
     "ModelValidation": {100: "task_id", 101: "failure"},
 }

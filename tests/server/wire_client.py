@@ -58,7 +58,7 @@ class WireClient:
         self.id, self.name = client_id, name or client_id
         options = [("grpc.use_local_subchannel_pool", 1)]
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
-        self._metadata = (("client", self.name), ("grpc-server", "127.0.0.1"))
+        self._metadata: tuple[tuple[str, str], ...] = (("client", self.name), ("grpc-server", "127.0.0.1"))
         self._stubs = {
             service: getattr(stubs, f"{service}Stub")(self._channel) for service in pb.DESCRIPTOR.services_by_name
         }
@@ -71,6 +71,11 @@ class WireClient:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         await self._channel.close(None)
+
+    def authorize(self, header: str) -> None:
+        """From now on each call says so."""
+        said = [(key, value) for key, value in self._metadata if key != "authorization"]
+        self._metadata = (*said, ("authorization", header))
 
     def open(self, service: str, method: str, request: Any) -> Any:
         """The call object of any RPC. request: a message, or an iterator of them."""

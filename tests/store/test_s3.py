@@ -110,6 +110,7 @@ async def test_stores_in_one_bucket_do_not_see_each_other(opening: Callable[...,
         assert await outer.get("a") == b"outer"
 
 
+@pytest.mark.long
 async def test_more_blobs_than_a_page_of_the_server_are_listed(store: S3BlobStore) -> None:
     names = [f"{n:04}" for n in range(1010)]
     for start in range(0, len(names), 100):

@@ -1,4 +1,4 @@
-"""binaryhelper's format, FEDn's for clients without numpy: one flat array of little-endian float64, and nothing else."""
+"""binaryhelper's format, for clients without numpy: one flat array of little-endian float64, and nothing else."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ class Status(_message.Message):
     def __init__(self, sender: _Optional[_Union[Client, _Mapping]] = ..., status: _Optional[str] = ..., log_level: _Optional[_Union[LogLevel, str]] = ..., data: _Optional[str] = ..., correlation_id: _Optional[str] = ..., timestamp: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., type: _Optional[_Union[StatusType, str]] = ..., extra: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class TaskRequest(_message.Message):
-    __slots__ = ("sender", "receiver", "model_id", "data", "correlation_id", "timestamp", "meta", "session_id", "type", "task_id", "round", "attempt", "deadline")
+    __slots__ = ("sender", "receiver", "model_id", "data", "correlation_id", "timestamp", "meta", "session_id", "type", "task_id", "round", "attempt", "deadline", "helper")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +177,7 @@ class TaskRequest(_message.Message):
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    HELPER_FIELD_NUMBER: _ClassVar[int]
     sender: Client
     receiver: Client
     model_id: str
@@ -190,7 +191,8 @@ class TaskRequest(_message.Message):
     round: int
     attempt: int
     deadline: float
-    def __init__(self, sender: _Optional[_Union[Client, _Mapping]] = ..., receiver: _Optional[_Union[Client, _Mapping]] = ..., model_id: _Optional[str] = ..., data: _Optional[str] = ..., correlation_id: _Optional[str] = ..., timestamp: _Optional[str] = ..., meta: _Optional[str] = ..., session_id: _Optional[str] = ..., type: _Optional[_Union[StatusType, str]] = ..., task_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., deadline: _Optional[float] = ...) -> None: ...
+    helper: str
+    def __init__(self, sender: _Optional[_Union[Client, _Mapping]] = ..., receiver: _Optional[_Union[Client, _Mapping]] = ..., model_id: _Optional[str] = ..., data: _Optional[str] = ..., correlation_id: _Optional[str] = ..., timestamp: _Optional[str] = ..., meta: _Optional[str] = ..., session_id: _Optional[str] = ..., type: _Optional[_Union[StatusType, str]] = ..., task_id: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., deadline: _Optional[float] = ..., helper: _Optional[str] = ...) -> None: ...
 
 class ModelUpdate(_message.Message):
     __slots__ = ("sender", "receiver", "model_id", "model_update_id", "correlation_id", "timestamp", "meta", "config", "task_id", "size_bytes", "sha256", "failure")

@@ -118,6 +118,11 @@ class NpzFile:
     def fortran_order(self, index: int) -> bool:
         return self._members[index].fortran_order
 
+    def numbered_names(self) -> list[str]:
+        """Those of the layout, but 0, 1, … where they are numbers or arr_0, arr_1, …"""
+        names = [spec.name for spec in self.layout]
+        return names if by_number(names) is None else [str(index) for index in range(len(names))]
+
     def _view(self, member: _Member) -> Array:
         return np.ndarray(
             member.spec.shape,

@@ -35,36 +35,36 @@ MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
 _MAX_KEY_BYTES = 8192  # a name of 1024 bytes, each as \u1234
 _METADATA = "__metadata__"  # texts about the file: passed over
 _DTYPES = {
-    name: np.dtype(code)
-    for name, code in {
-        **{"F64": "<f8", "F32": "<f4", "F16": "<f2"},
-        **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1"},
-        **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1"},
-    }.items()
+    f"{kind}{8 * width}": np.dtype(f"<{kind.lower()}{width}")
+    for kind, widths in (("F", (8, 4, 2)), ("I", (8, 4, 2, 1)), ("U", (8, 4, 2, 1)))
+    for width in widths
 }
 _NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in _DTYPES.items()}
 
 # JSON as far as a header may use it, on bytes, so that a mapped file is matched where it lies. Every repetition is
 # possessive or bounded: what does not match is given up at once.
-_ = rb"[ \t\n\r]*+"
+_WS = rb"[ \t\n\r]*+"
 _TEXT = rb'"(?:[^"\\\x00-\x1f]++|\\.)*+"'
 _NUMBER = rb"(?:0|[1-9][0-9]{0,18})"
-_NEXT_OR = rb"(?:," + _ + rb"(?!%b)|(?=%b))"  # a comma, but not before the closing bracket
-_SHAPE = rb"\[" + _ + rb"(?P<shape>(?:" + _NUMBER + _ + _NEXT_OR % (rb"\]", rb"\]") + rb"){0,64})\]"
-_OFFSETS = rb"\[" + _ + rb"(?P<begin>" + _NUMBER + rb")" + _ + b"," + _ + rb"(?P<end>" + _NUMBER + rb")" + _ + rb"\]"
+_NEXT_OR = rb"(?:," + _WS + rb"(?!%b)|(?=%b))"  # a comma, but not before the closing bracket
+_SHAPE = rb"\[" + _WS + rb"(?P<shape>(?:" + _NUMBER + _WS + _NEXT_OR % (rb"\]", rb"\]") + rb"){0,64})\]"
+_OFFSETS = (
+    rb"\[" + _WS + rb"(?P<begin>" + _NUMBER + rb")" + _WS + b"," + _WS + rb"(?P<end>" + _NUMBER + rb")" + _WS + rb"\]"
+)
 _FIELD = b"|".join(
-    b'"' + name + b'"' + _ + b":" + _ + value
+    b'"' + name + b'"' + _WS + b":" + _WS + value
     for name, value in ((b"dtype", rb'"(?P<dtype>\w{1,32})"'), (b"shape", _SHAPE), (b"data_offsets", _OFFSETS))
 )
-_OPEN = re.compile(rb"\{" + _)
-_KEY = re.compile(rb"(?P<key>" + _TEXT + rb")" + _ + rb":" + _, re.DOTALL)
+_OPEN = re.compile(rb"\{" + _WS)
+_KEY = re.compile(rb"(?P<key>" + _TEXT + rb")" + _WS + rb":" + _WS, re.DOTALL)
 _ARRAY = re.compile(
-    rb"\{" + _ + rb"(?:(?:" + _FIELD + rb")" + _ + _NEXT_OR % (rb"\}", rb"\}") + rb"){3}\}" + _, re.ASCII
+    rb"\{" + _WS + rb"(?:(?:" + _FIELD + rb")" + _WS + _NEXT_OR % (rb"\}", rb"\}") + rb"){3}\}" + _WS, re.ASCII
 )
 _TEXTS = re.compile(
-    rb"\{" + _ + rb"(?:" + _TEXT + _ + b":" + _ + _TEXT + _ + _NEXT_OR % (rb"\}", rb"\}") + rb")*+\}" + _, re.DOTALL
+    rb"\{" + _WS + rb"(?:" + _TEXT + _WS + b":" + _WS + _TEXT + _WS + _NEXT_OR % (rb"\}", rb"\}") + rb")*+\}" + _WS,
+    re.DOTALL,
 )
-_MORE = re.compile(rb"," + _)
+_MORE = re.compile(rb"," + _WS)
 _CLOSE = re.compile(rb"\} *+\Z")  # padded with blanks alone
 
 
@@ -119,7 +119,7 @@ def _read_header(header: memoryview) -> list[tuple[ArraySpec, int, int]]:
     found: list[tuple[ArraySpec, int, int]] = []
     names: set[str] = set()
     at = opened.end()
-    while found or names or not _CLOSE.match(header, at):
+    while names or not _CLOSE.match(header, at):
         key = _KEY.match(header, at)
         if key is None:
             raise BadModel(f"the header is no JSON object of arrays at byte {at}")
@@ -138,9 +138,9 @@ def _read_header(header: memoryview) -> list[tuple[ArraySpec, int, int]]:
             found.append(_array(name, value))
             if len(found) > MAX_ARRAYS:
                 raise BadModel(f"more than {MAX_ARRAYS} arrays")
-        at = value.end()
-        if _CLOSE.match(header, at):
+        if _CLOSE.match(header, value.end()):
             break
+        at = value.end()
         more = _MORE.match(header, at)
         if more is None:
             raise BadModel(f"the header is no JSON object of arrays at byte {at}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +20,11 @@ from fl_server.scheduler.streams import Assignment
 from fl_server.store.ports import ID_FIELD, Collection, Document
 
 COMBINER = pb.Client(role=pb.COMBINER, name=records.COMBINER_NAME)
-KINDS = {TaskKind.TRAIN: pb.MODEL_UPDATE, TaskKind.VALIDATE: pb.MODEL_VALIDATION}
+KINDS = {
+    TaskKind.TRAIN: pb.MODEL_UPDATE,
+    TaskKind.VALIDATE: pb.MODEL_VALIDATION,
+    TaskKind.PREDICT: pb.MODEL_PREDICTION,
+}
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 VERDICTS = {
     Verdict.ACCEPTED: pb.VERDICT_ACCEPTED,
@@ -35,12 +40,11 @@ VERDICTS = {
 
 def task_request(assignment: Assignment, at: float) -> pb.TaskRequest:
     task = assignment.task
-    is_training = task.kind is TaskKind.TRAIN
     return pb.TaskRequest(
         sender=COMBINER,
         receiver=pb.Client(role=pb.CLIENT, client_id=task.client),
         model_id=assignment.model,
-        data=_round_config(assignment) if is_training else "",
+        data=_data(assignment),
         correlation_id=task.id,  # FEDn's clients copy it into their validations
         timestamp=datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
         session_id=task.session,
@@ -49,13 +53,20 @@ def task_request(assignment: Assignment, at: float) -> pb.TaskRequest:
         round=task.round,
         attempt=task.attempt,
         deadline=assignment.deadline,
+        helper=assignment.helper,
     )
 
 
-def _round_config(assignment: Assignment) -> str:
-    """FEDn's round configuration, values as text as its clients know them; `_task_id` comes back in the echo."""
-    shared = _shared_config(_Frozen(assignment.config), assignment.round_id, assignment.task.session, assignment.model)
-    return f'{shared[:-1]}, "_task_id": {json.dumps(assignment.task.id)}}}'
+def _data(assignment: Assignment) -> str:
+    """FEDn's: a round's configuration for a training, nothing for a validation, an object for a prediction.
+
+    The configuration has its values as text, as FEDn's clients know them; `_task_id` comes back in the echo.
+    """
+    task, config = assignment.task, assignment.config
+    if task.kind is not TaskKind.TRAIN or config is None:
+        return "{}" if task.kind is TaskKind.PREDICT else ""
+    shared = _shared_config(_Frozen(config), assignment.round_id, task.session, assignment.model)
+    return f'{shared[:-1]}, "_task_id": {json.dumps(task.id)}}}'
 
 
 class _Frozen:
@@ -194,7 +205,7 @@ def prediction_document(prediction: pb.ModelPrediction, client: ClientId, at: fl
         "correlation_id": prediction.correlation_id,
         "timestamp": _iso(prediction.timestamp, at),
         "meta": prediction.meta,
-        "run_id": prediction.prediction_id,
+        "prediction_id": prediction.prediction_id,
         "sender": _client(prediction.sender, client),
         "receiver": _client(prediction.receiver, None),
     }
@@ -238,10 +249,19 @@ def _elements(
     """One document an element; a zero or an empty text is a value like any other."""
     return [
         _record(
-            collection, client, message + index.to_bytes(4), {"key": element.key, "value": element.value, **shared}, at
+            collection,
+            client,
+            message + index.to_bytes(4),
+            {"key": element.key, "value": _json_value(element.value), **shared},
+            at,
         )
         for index, element in enumerate(elements)
     ]
+
+
+def _json_value(value: float | str) -> float | str | None:
+    """JSON has no word for NaN and the infinities, and a store may hold nothing else."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _record(collection: Collection, client: ClientId, message: bytes, fields: Document, at: float) -> Document:

@@ -1,4 +1,8 @@
-"""The gRPC server: every method of the proto gets a handler, by its descriptor, guarded against our own bugs."""
+"""The gRPC server: every method of the proto gets a handler, by its descriptor, behind one guard.
+
+The guard lets in by the table in auth.py, ends streams whose token has expired, and turns our own bugs into "come
+again". Beside FEDn's services there is gRPC's own health check.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,23 @@ from typing import Any
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.wrappers_pb2 import StringValue, UInt32Value
 
 from fl_client.wire import fl_pb2 as pb
 from fl_server import log
-from fl_server.combiner.servicer import Servicer
-from fl_server.errors import FlserveError, Unavailable
+from fl_server.auth import EXPIRED, Gate, Identity, roles_of_rpc
+from fl_server.combiner.servicer import Servicer, address_of, metadata, token_of
+from fl_server.core.model import ClientId
+from fl_server.errors import FlserveError, Forbidden, TooMany, Unauthorized, Unavailable
 
 logger = logging.getLogger(__name__)
 RAW_REPLIES = {"Download"}  # handlers that write serialized messages themselves
+Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, Any], Awaitable[Any]]
+HEALTH = "grpc.health.v1.Health"
+_SERVING, _NOT_SERVING = 1, 2
+MAX_MESSAGE_BYTES = 4 << 20  # gRPC's default; models come in chunks of 1 MiB
+MAX_METADATA_BYTES = 16 << 10
 
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),  # a second server must fail to bind, not share the port
@@ -29,17 +41,38 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 30_000),
     ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
 ]
 
 
 class CombinerServer:
-    def __init__(self, servicer: Servicer, *, upload_window: str) -> None:
-        """upload_window: "small" keeps memory flat; "auto" is faster for one far-away client."""
+    def __init__(
+        self,
+        servicer: Servicer,
+        *,
+        upload_window: str,
+        unready: Callable[[], str | None],
+        gate: Gate | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        """upload_window: "small" keeps memory flat; "auto" is faster for one far-away client.
+
+        unready: why it cannot take work. gate: None lets everybody in. credentials: None is plaintext.
+        """
         options = [*OPTIONS, ("grpc.http2.bdp_probe", 0)] if upload_window == "small" else OPTIONS
         self._server = grpc.aio.server(options=options)
+        self._credentials = credentials
+        self.rpcs: list[str] = []  # package.Service/Method
         for service in pb.DESCRIPTOR.services_by_name.values():
-            handlers = {method.name: _handler(servicer, method) for method in service.methods}
-            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+            methods = {method.name: _handler(servicer, gate, method) for method in service.methods}
+            self._serve(service.full_name, methods)
+        self._serve(HEALTH, {"Check": _health(unready)})
+
+    def _serve(self, service: str, methods: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
+        self.rpcs += [f"{service}/{method}" for method in methods]
 
     async def start(self, host: str, port: int) -> int:
         """Listens; returns the port (port 0: a free one). Raises Unavailable if it is taken."""
@@ -48,7 +81,11 @@ class CombinerServer:
             # tried first by ourselves: gRPC writes lines of its own to stderr when it fails
             with socket.create_server((host, port), family=socket.AF_INET6 if is_v6 else socket.AF_INET):
                 pass
-            bound = self._server.add_insecure_port(f"[{host}]:{port}" if is_v6 else f"{host}:{port}")
+            address = f"[{host}]:{port}" if is_v6 else f"{host}:{port}"
+            if self._credentials is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, self._credentials)
         except OSError as taken:
             raise Unavailable(f"gRPC port {port} on {host} is taken: {taken.strerror or taken}") from taken
         except RuntimeError as taken:
@@ -60,7 +97,7 @@ class CombinerServer:
         await self._server.stop(grace_s)
 
 
-def _handler(servicer: Servicer, method: Any) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(servicer: Servicer, gate: Gate | None, method: Any) -> grpc.RpcMethodHandler[Any, Any]:
     behaviour: Handler = getattr(servicer, method.name, None) or _unimplemented
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -70,23 +107,76 @@ def _handler(servicer: Servicer, method: Any) -> grpc.RpcMethodHandler[Any, Any]
     }[method.client_streaming, method.server_streaming]
     raw = method.name in RAW_REPLIES
     handler: grpc.RpcMethodHandler[Any, Any] = make(
-        _guarded(method.name, behaviour),
+        _guarded(method, _let_in(servicer, gate, method, behaviour) if gate else behaviour),
         request_deserializer=GetMessageClass(method.input_type).FromString,
         response_serializer=None if raw else GetMessageClass(method.output_type).SerializeToString,
     )
     return handler
 
 
-async def _unimplemented(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+async def _unimplemented(request: Any, context: Context) -> None:
     await context.abort(grpc.StatusCode.UNIMPLEMENTED, "FEDn's inner wire; flserve's rounds have one owner")
 
 
-def _guarded(name: str, behaviour: Handler) -> Handler:
-    """What is not answered in the reply leaves as UNAVAILABLE: any other code ends a FEDn client."""
+def _health(unready: Callable[[], str | None]) -> grpc.RpcMethodHandler[Any, Any]:
+    """HealthCheckRequest and -Response look as these wrappers do on the wire. Open to all: it says one bit."""
+    known = {"", *(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())}
 
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        client = next((value for key, value in context.invocation_metadata() or () if key == "client"), "")
-        log.client_id.set(client if isinstance(client, str) else "")
+    async def check(request: StringValue, context: Context) -> UInt32Value:
+        if request.value not in known:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
+        return UInt32Value(value=_NOT_SERVING if unready() else _SERVING)
+
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
+        check, request_deserializer=StringValue.FromString, response_serializer=UInt32Value.SerializeToString
+    )
+    return handler
+
+
+def _let_in(servicer: Servicer, gate: Gate, method: Any, behaviour: Handler) -> Handler:
+    """A call that streams, whichever way, ends when its token expires: it could go on for ever."""
+    rpc = f"{method.containing_service.full_name}/{method.name}"
+    streams = method.client_streaming or method.server_streaming
+    names_its_client = method.name != "TaskStream"  # which says what the client is called: it checks by itself
+
+    async def identified(context: Context) -> Identity | None:
+        headers = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+        header = ", ".join(value if isinstance(value, str) else "" for value in headers)  # two are none
+        try:
+            return gate.admit(roles_of_rpc(rpc), header, address_of(context))
+        except Unauthorized as refused:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(refused) if header else "Token is missing")
+        except (Forbidden, TooMany) as refused:
+            await context.abort(refused.grpc_status, str(refused))
+
+    async def call(request: Any, context: Context) -> Any:
+        identity = await identified(context)
+        if identity is None:
+            return await behaviour(request, context)
+        try:
+            if identity.client_id is not None:
+                token_of.set(ClientId(identity.client_id))
+                if names_its_client:
+                    servicer.check_owner(context, getattr(request, "sender", None))
+            left_s = identity.expires_at - gate.verifier.clock()
+            async with asyncio.timeout(left_s if streams else None) as valid:
+                return await behaviour(request, context)
+        except Forbidden as refused:
+            await context.abort(refused.grpc_status, str(refused))
+        except TimeoutError:
+            if not valid.expired():
+                raise
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, EXPIRED)
+
+    return call
+
+
+def _guarded(method: Any, behaviour: Handler) -> Handler:
+    """What is not answered in the reply leaves as UNAVAILABLE: any other code ends a FEDn client."""
+    name = method.name
+
+    async def call(request: Any, context: Context) -> Any:
+        log.client_id.set(metadata(context, "client"))
         try:
             return await behaviour(request, context)
         except grpc.aio.AbortError:

@@ -38,10 +38,11 @@ class Limits:
     max_model_bytes: int
     uploads_at_once: int  # more wait their turn: they would only hold buffers
     upload_idle_timeout_s: float  # an upload that sends nothing for so long is dropped
-    upload_min_bytes_per_s: float  # and one that is slower than this, idle time apart
-    max_clients: int  # attached; more are told to come again
-    max_streams_per_peer: int  # of one address
     store_patience_s: float
+    upload_max_chunks: int = 1_000_000
+    upload_min_bytes_per_s: float = 1024.0  # slower uploads are dropped, upload_idle_timeout_s apart
+    max_clients: int = 20_000  # attached; more are told to come again
+    max_streams_per_peer: int = 10_000  # of one address
 
 
 class Servicer:
@@ -109,13 +110,14 @@ class Servicer:
     async def SendModelUpdate(self, request: pb.ModelUpdate, context: Context) -> pb.Response:
         meta = convert.json_object(request.meta)
         echo = convert.echoed_config(request, meta)
-        async with asyncio.timeout(self._limits.store_patience_s):
+        patience_s = self._limits.store_patience_s
+        async with asyncio.timeout(patience_s):
             client = await self._sender(context, request.sender)
             task = await self._task(client, request, echo)
-            if task is None or task.client != client or task.kind is not TaskKind.TRAIN:
-                reply: tuple[Any, str] = (Verdict.NOT_SELECTED, "no such task was issued to this client")
-            else:
-                reply = await self._intake.receive(task, convert.announced(request, meta))
+        if task is None or task.client != client or task.kind is not TaskKind.TRAIN:
+            reply: tuple[Any, str] = (Verdict.NOT_SELECTED, "no such task was issued to this client")
+        else:
+            reply = await self._intake.receive(task, convert.announced(request, meta), patience_s)
         verdict, reason = reply
         return convert.response(f"ModelUpdate {request.model_update_id}", client, verdict, reason)
 
@@ -139,6 +141,7 @@ class Servicer:
             client = await self._sender(context, request.sender)
             document = convert.prediction_document(request, client, self._scheduler.clock())
             await self._scheduler.journal.record(Collection.PREDICTIONS, document)
+            self._scheduler.predictions.reported(request.prediction_id, client)
         return convert.response("ModelPrediction", client)
 
     async def SendModelMetric(self, request: pb.ModelMetric, context: Context) -> pb.Response:
@@ -186,7 +189,7 @@ class Servicer:
 
     async def Upload(self, requests: AsyncIterable[pb.ModelRequest], context: Context) -> pb.ModelResponse:
         """Answered OK once the bytes are durable and found; each call starts a new file."""
-        limits, received_bytes, waited_s = self._limits, 0, 0.0
+        limits, chunks, received_bytes, waited_s = self._limits, 0, 0, 0.0
         upload: spooling.Upload | None = None
         async with asyncio.timeout(limits.store_patience_s):
             client = await self._sender(context, pb.Client())
@@ -201,9 +204,16 @@ class Servicer:
                     waited_s += time.monotonic() - begun_s
                     if request is None:
                         return _refused("", "the upload ended without its closing message (status OK)")
+                    if len(request.id.encode()) > MAX_ID_BYTES:
+                        return _refused("", f"id: more than {MAX_ID_BYTES} bytes")
                     if upload is None:
                         upload = await self._scheduler.workshop.spool.begin(client, request.id)
+                    chunks += 1
                     received_bytes += len(request.data)
+                    if chunks > limits.upload_max_chunks:
+                        return _refused(
+                            request.id, f"more than upload_max_chunks ({limits.upload_max_chunks}) messages"
+                        )
                     if received_bytes > limits.max_model_bytes:
                         why = f"more than max_model_bytes ({limits.max_model_bytes}); the server's owner can raise it"
                         return _refused(request.id, why)
@@ -242,7 +252,7 @@ class Servicer:
     def check_owner(self, context: Context, sender: pb.Client | None) -> None:
         """Raises Forbidden if the call names another client than the one of its token (by id, or as its stream did)."""
         owner = token_of.get()
-        if owner is None:
+        if owner is None or (sender is not None and sender.client_id == owner):
             return
         for said in (metadata(context, "client"), sender.client_id if sender else ""):
             if said and said != owner and self._ids.get(said) != owner:
@@ -277,8 +287,7 @@ class Servicer:
 
 
 def metadata(context: Context, key: str) -> str:
-    """The last wins: of two, a proxy wrote the second."""
-    for name, value in reversed(tuple(context.invocation_metadata() or ())):
+    for name, value in context.invocation_metadata() or ():
         if name == key:
             return value if isinstance(value, str) else value.decode("utf-8", "replace")
     return ""

@@ -49,6 +49,7 @@ def _is_number(value: object, kind: type | UnionType) -> bool:
 class TaskKind(StrEnum):
     TRAIN = "train"
     VALIDATE = "validate"
+    PREDICT = "predict"  # of no round: its session is the prediction's id
 
 
 class Task(NamedTuple):

@@ -53,7 +53,8 @@ class Access:
         await self._app({**scope, IDENTITY: identity}, _paced(receive, self._pace, left_s), send)
 
     def _admitted(self, gate: Gate, scope: Scope) -> Identity | None:
-        header = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), None)
+        headers = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+        header = ", ".join(headers)  # two are none
         peer = scope["client"][0] if scope.get("client") else ""
         roles = roles_of_route(scope["method"], scope["path"])
         identity = gate.admit(roles or _EVERY_ROLE, header, peer)

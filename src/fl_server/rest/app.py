@@ -24,7 +24,7 @@ from ..core.model import InvalidConfig
 from ..errors import FlserveError, Invalid
 from ..scheduler.packages import Packages
 from ..scheduler.scheduler import Scheduler
-from . import clients, combiners, feed, legacy, models, packages, records, reports, sessions
+from . import clients, combiners, feed, legacy, models, packages, predictions, records, reports, sessions
 from .access import ASKED_PATH, Access, Pace
 from .bodies import BoundedRoute, Desk
 from .schemas import ControllerStatus, Failure, Readiness, problem
@@ -60,10 +60,11 @@ def create_app(
     join = clients.joining(scheduler, kept, advertise)
     app.include_router(clients.routes(scheduler, kept, join))
     app.include_router(combiners.routes(scheduler))
-    app.include_router(models.routes(scheduler, desk))
+    app.include_router(models.routes(scheduler, kept, desk))
     app.include_router(models.helper_routes(kept))
     app.include_router(packages.routes(kept, desk))
-    app.include_router(sessions.routes(scheduler, kept))
+    app.include_router(sessions.routes(scheduler))
+    app.include_router(predictions.routes(scheduler))
     app.include_router(reports.routes(scheduler))
     app.include_router(feed.routes(scheduler.feed))
     for router in records.every_entity(scheduler, desk.disk):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from fl_client.wire import codec
 
 from ..errors import Invalid, RequestError
 from ..scheduler.packages import Packages
+from ..scheduler.records import helper_of
 from ..scheduler.scheduler import Scheduler
 from ..store import ports
 from ..store.ports import Collection, Condition, Document
@@ -42,6 +42,8 @@ TRAIL_LENGTH = 10  # FEDn's, when no X-Limit is sent
 MAX_PARAMETERS_BYTES = 64 << 20  # as numbers in JSON a model is about five times larger; above: download it
 ZIP_BYTES = 1 << 20  # what an npz of the largest model may need besides its arrays
 
+_FILE = "real, finite arrays: an npz, a safetensors file, or (binaryhelper) one flat array of float64, little-endian"
+_HELPER = "the file's format; absent: what its first bytes say, else the active helper's"
 TrailLimit = Annotated[int | None, Header(alias="X-Limit", description=f"models at most; {TRAIL_LENGTH} if absent")]
 _FORM = {
     "requestBody": {
@@ -52,9 +54,9 @@ _FORM = {
                     "type": "object",
                     "required": ["file"],
                     "properties": {
-                        "file": {"type": "string", "format": "binary", "description": "an npz of real, finite arrays"},
+                        "file": {"type": "string", "format": "binary", "description": _FILE},
                         "name": {"type": "string"},
-                        "helper": {"type": "string", "description": "ignored: the file says what it is"},
+                        "helper": {"type": "string", "description": _HELPER},
                     },
                 }
             }
@@ -63,7 +65,7 @@ _FORM = {
 }
 
 
-def routes(scheduler: Scheduler, desk: Desk) -> APIRouter:
+def routes(scheduler: Scheduler, packages: Packages, desk: Desk) -> APIRouter:
     router = APIRouter(prefix="/api/v1/models", tags=["models"], route_class=BoundedRoute)
     loop = asyncio.get_running_loop
 
@@ -75,14 +77,20 @@ def routes(scheduler: Scheduler, desk: Desk) -> APIRouter:
         responses={400: {"model": Failure}},
     )
     async def add(request: Request) -> Response:
-        """A model to start sessions from. Its arrays keep their order; arr_0, arr_1, … become 0, 1, …"""
+        """A model to start sessions from. An npz keeps the order of its arrays; arr_0, arr_1, … become 0, 1, …"""
         limit = desk.max_model_bytes
         try:
             async with desk.receive(request, "file", limit + ZIP_BYTES) as upload:
                 form = checked(ModelForm, upload.fields)
+                helper = known_helper(form.helper) if form.helper else None
+                if helper is None:
+                    helper = await loop().run_in_executor(desk.kernel, codec.recognised_file, upload.path)
+                helper = helper or await packages.helper() or codec.NUMPY
                 seed = upload.path.with_suffix(".seed")
-                sha256 = await loop().run_in_executor(desk.kernel, _store_checked, upload.path, seed, limit)
-                document = await answered(scheduler.add_model(seed, name=form.name or None, sha256=sha256))
+                sha256 = await loop().run_in_executor(desk.kernel, _store_checked, upload.path, seed, helper, limit)
+                document = await answered(
+                    scheduler.add_model(seed, name=form.name or None, sha256=sha256, helper=helper)
+                )
         except Invalid as wrong:
             return JSONResponse({"success": False, "message": str(wrong)}, 400)
         answer = {"success": True, "message": "Model added successfully", "model_id": document["model"]}
@@ -131,7 +139,7 @@ def routes(scheduler: Scheduler, desk: Desk) -> APIRouter:
     async def parameters(id: str) -> Response:
         document = await found(scheduler, MODELS, id)
         path = await scheduler.models.local(document["model"])
-        text = await loop().run_in_executor(desk.kernel, _parameters_json, path)
+        text = await loop().run_in_executor(desk.kernel, _parameters_json, path, helper_of(document))
         return Response(text, media_type="application/json")
 
     @router.get("/{id}/ancestors", response_model=list[ModelObject], operation_id="list_model_ancestors")
@@ -231,25 +239,16 @@ async def _trail(
 # ---- in an executor
 
 
-def _store_checked(upload: Path, seed: Path, max_bytes: int) -> str:
-    """Writes the stored form that all of a session's models have; its sha256. Raises Invalid."""
-    if (fault := codec.check_update(upload, None, max_bytes=max_bytes)) is not None:
-        raise Invalid(f"file: {fault}")
+def _store_checked(upload: Path, seed: Path, helper: str, max_bytes: int) -> str:
+    """Its sha256. Raises Invalid."""
     try:
-        with codec.open_npz(upload, max_bytes=max_bytes) as npz, codec.NpzWriter(seed) as out:
-            # FEDn's helper reads "0", "1", …; numpy.savez writes arr_0, arr_1, …
-            numbered = all(re.fullmatch(r"(arr_)?[0-9]+", spec.name) for spec in npz.layout)
-            for index, spec in enumerate(npz.layout):
-                name = str(index) if numbered else spec.name
-                order = npz.fortran_order(index)
-                out.add(name, spec.dtype, spec.shape, npz.blocks(index), fortran_order=order)
-    except codec.BadModel as wrong:  # a name that can be read and not be written
+        return codec.store_seed(upload, seed, helper, max_bytes=max_bytes)
+    except codec.BadModel as wrong:
         raise Invalid(f"file: {wrong}") from None
-    return out.sha256
 
 
-def _parameters_json(path: Path) -> bytes:
+def _parameters_json(path: Path, helper: str) -> bytes:
     if path.stat().st_size > MAX_PARAMETERS_BYTES:
         raise RequestError(f"the model is larger than {MAX_PARAMETERS_BYTES} bytes: download it")
-    with codec.open_npz(path, max_bytes=MAX_PARAMETERS_BYTES) as npz:
-        return json.dumps({"array": [array.tolist() for array in npz.arrays()]}).encode()
+    with codec.open_model(path, helper, max_bytes=MAX_PARAMETERS_BYTES) as file:
+        return json.dumps({"array": [array.tolist() for array in file.arrays()]}).encode()

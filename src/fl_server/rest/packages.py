@@ -134,7 +134,7 @@ def routes(packages: Packages, desk: Desk) -> APIRouter:
             200: {
                 "content": {
                     media_type: {"schema": {"type": "string", "format": "binary"}}
-                    for media_type in MEDIA_TYPES.values()
+                    for media_type in (*MEDIA_TYPES.values(), "application/octet-stream")  # what generators know
                 }
             }
         },

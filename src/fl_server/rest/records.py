@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from ..errors import Invalid, NotFound, Unavailable
 from ..scheduler.scheduler import Scheduler
-from ..store.ports import Condition, Document
+from ..store.ports import Condition, Document, Query
 from .bodies import BoundedRoute
 from .queries import Filters, Pages, Paging, conditions_of_body, conditions_of_query
 from .schemas import ENTITIES, Entity, JsonObject, Page
@@ -21,6 +21,8 @@ _FILTERS = (
     "Every query parameter is a filter on the field of that name: equal, or with a suffix __ne, __gt, __gte, __lt, "
     "__lte. Dotted names reach inside (sender.name). `null` matches what is absent."
 )
+_QUERY = "As the list, with the filters in the body."
+_COUNT_BY = "How many match the filters in the body."
 _BODY_FILTERS = {
     "requestBody": {
         "required": False,
@@ -50,6 +52,10 @@ async def answered(work: Awaitable[T], within_s: float = ANSWER_S) -> T:
 async def found(scheduler: Scheduler, entity: Entity, id: str) -> Document:
     """Raises NotFound, in FEDn's words."""
     document = await scheduler.store.get(entity.collection, id)
+    if document is None and entity.shared_id:
+        where = (*entity.where, Condition(entity.shared_id, "eq", id))
+        newest = Query(where, sort=(("committed_at", True),), limit=1)
+        document = next(iter(await scheduler.store.find(entity.collection, newest)), None)
     if document is None:
         raise NotFound(f"Entity with id: {id} not found")
     return document
@@ -94,7 +100,13 @@ def routes(scheduler: Scheduler, entity: Entity, disk: Executor) -> APIRouter:
     async def list_all(request: Request, paging: Pages) -> Response:
         return await listed(conditions_of_query(entity, request.query_params.multi_items()), paging)
 
-    @router.post("/list", response_model=page, operation_id=f"query_{entity.noun}", openapi_extra=_BODY_FILTERS)
+    @router.post(
+        "/list",
+        response_model=page,
+        operation_id=f"query_{entity.noun}",
+        openapi_extra=_BODY_FILTERS,
+        description=_QUERY,
+    )
     async def query(filters: Filters, paging: Pages) -> Response:
         return await listed(conditions_of_body(entity, filters), paging)
 
@@ -102,7 +114,13 @@ def routes(scheduler: Scheduler, entity: Entity, disk: Executor) -> APIRouter:
     async def count(request: Request) -> Response:
         return await counted(conditions_of_query(entity, request.query_params.multi_items()))
 
-    @router.post("/count", response_model=int, operation_id=f"count_{entity.noun}_by", openapi_extra=_BODY_FILTERS)
+    @router.post(
+        "/count",
+        response_model=int,
+        operation_id=f"count_{entity.noun}_by",
+        openapi_extra=_BODY_FILTERS,
+        description=_COUNT_BY,
+    )
     async def count_by(filters: Filters) -> Response:
         return await counted(conditions_of_body(entity, filters))
 

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from ..core.model import LONGEST_DURATION_S, ClientId, SessionConfig
 from ..errors import Invalid
 from ..scheduler.packages import ARE_PACKAGES
+from ..scheduler.predictions import ARE_PREDICTIONS
 from ..store.ports import ID_FIELD, Collection, Condition, Document
 
 DEFAULT_ROUNDS = 5  # FEDn's APIClient.start_session
@@ -70,6 +71,12 @@ def _required_session_id(value: object) -> object:
     return value
 
 
+def _required_prediction_id(value: object) -> object:
+    if value is None or value == "":
+        raise PydanticCustomError("fedn_text", "prediction_id is required")
+    return value
+
+
 def _required_client_ids(value: object) -> object:
     if value is None or value == []:
         raise PydanticCustomError("fedn_text", "Missing required field: client_ids")
@@ -96,6 +103,11 @@ SecondsOrZero = Annotated[float, Field(ge=0, le=LONGEST_DURATION_S), AfterValida
 JsonObject = dict[str, Any]
 
 
+def _shape(extra: Literal["forbid", "ignore", "allow"], example: JsonObject) -> ConfigDict:
+    """example: of the body, for who reads the OpenAPI document."""
+    return ConfigDict(strict=True, extra=extra, json_schema_extra={"examples": [example]})
+
+
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -103,7 +115,8 @@ class Body(BaseModel):
 class AddClient(Body):
     """FEDn's server reads `combiner_preferred`, its clients send `preferred_combiner`: both are heard."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")  # clients in other languages send more
+    # clients in other languages send more
+    model_config = _shape("ignore", {"name": "hospital-a", "client_id": "hospital-a", "package": "remote"})
 
     name: Name
     client_id: WireId | None = None
@@ -124,7 +137,7 @@ class SessionConfigBody(Body):
     clients_required: Count = 1
     requested_clients: Count | None = Field(None, description="the largest cohort; 0 or absent: every attached client")
     validate_: bool = Field(True, alias="validate")
-    helper_type: Text | None = Field(None, description="the active helper if absent")
+    helper_type: Text | None = Field(None, description="the format of its models; that of the first if absent")
     model_id: Text | None = Field(None, description="the model to start from; seed_model_id if absent")
     server_functions: str | None = Field(None, description="not supported: null or empty")
     client_settings: JsonObject | None = Field(None, description="goes to the clients with each training task")
@@ -136,6 +149,19 @@ class SessionConfigBody(Body):
 
 
 class CreateSession(Body):
+    model_config = _shape(
+        "forbid",
+        {
+            "name": "digits",
+            "session_config": {
+                "model_id": "8b0f2a3e-6f57-5a0a-9d0c-3b9f2c1d8e11",
+                "rounds": 10,
+                "clients_required": 2,
+                "round_timeout": 120,
+            },
+        },
+    )
+
     session_config: SessionConfigBody
     name: Text | None = None
     seed_model_id: Text | None = None
@@ -146,7 +172,7 @@ class CreateSession(Body):
 class StartSession(Body):
     """The order of the first two fields is the order of FEDn's checks."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = _shape("ignore", {"session_id": "5d1c", "rounds": 10, "wait_for_clients_s": 60})
 
     client_ids: Annotated[str | None, BeforeValidator(_client_ids)] = Field(None, description="comma separated")
     session_id: Annotated[Text | None, BeforeValidator(_required_session_id)] = Field(None, validate_default=True)
@@ -160,9 +186,20 @@ class StartSession(Body):
         return frozenset(ids) or None
 
 
+class StartPredictions(Body):
+    model_config = _shape("ignore", {"prediction_id": "run-1", "model_id": "a model_id"})
+
+    prediction_id: Annotated[NewSessionId | None, BeforeValidator(_required_prediction_id)] = Field(
+        None, validate_default=True, description="yours; every prediction of the run has it"
+    )
+    model_id: Text | None = Field(None, description="the newest model if absent")
+    timeout: Seconds | None = Field(None, description="seconds; the server's prediction_timeout_s if absent")
+
+
 class ModelForm(Body):
     model_config = ConfigDict(strict=True, extra="ignore")
     name: Text | None = None
+    helper: Text = ""
 
 
 class PackageForm(Body):
@@ -176,6 +213,8 @@ class PackageFile(Body):
 
 
 class ActivePackage(Body):
+    model_config = _shape("forbid", {"id": "a package_id"})
+
     id: Text
 
 
@@ -186,6 +225,8 @@ class Sender(Body):
 
 
 class AddAttribute(Body):
+    model_config = _shape("forbid", {"key": "gpu", "value": "", "sender": {"name": "a", "client_id": "hospital-a"}})
+
     key: Name
     value: Annotated[str, Field(max_length=1 << 16)]
     sender: Sender
@@ -193,6 +234,10 @@ class AddAttribute(Body):
 
 
 class AddTelemetry(Body):
+    model_config = _shape(
+        "forbid", {"key": "battery", "value": 0.0, "sender": {"name": "a", "client_id": "hospital-a"}}
+    )
+
     key: Name
     value: Annotated[float, Field(allow_inf_nan=False)]
     sender: Sender
@@ -200,17 +245,21 @@ class AddTelemetry(Body):
 
 
 class ChosenClients(Body):
+    model_config = _shape("forbid", {"client_ids": ["hospital-a", "hospital-b"]})
+
     client_ids: Annotated[list[Text], BeforeValidator(_required_client_ids)] = Field([], validate_default=True)
 
 
 class ActiveHelper(Body):
+    model_config = _shape("forbid", {"helper": "numpyhelper"})
+
     helper: Text
 
 
 class ChangeModel(BaseModel):
     """Only the name can be changed; the other keys of a model may come along with their present values."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = _shape("allow", {"name": "digits, first try"})
     name: Text | None = None
 
 
@@ -220,7 +269,7 @@ class ChangeSession(BaseModel):
     Other keys may come along unchanged.
     """
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = _shape("allow", {"status": "Terminated"})
     name: Text | None = None
     status: Text | None = None
     session_config: JsonObject | None = Field(
@@ -409,7 +458,7 @@ class ValidationObject(Stored):
 
 
 class PredictionObject(Stored):
-    prediction_id: str
+    prediction_id: str = Field(description="of the run: the predictions of all its clients have it")
     model_id: str | None = None
     data: str | None = Field(None, description="the prediction, as JSON text")
     correlation_id: str | None = None
@@ -417,6 +466,7 @@ class PredictionObject(Stored):
     meta: str | None = None
     sender: Actor | None = None
     receiver: Actor | None = None
+    record_id: str = Field(description="of this one alone")
 
 
 class MetricObject(Stored):
@@ -463,6 +513,7 @@ class Entity:
     collection: Collection
     shape: type[Stored]
     where: tuple[Condition, ...] = ()  # what else the collection holds is no such entity
+    shared_id: str = ""  # a field by which one is found, too: the newest of those that share it
 
     def stored_name(self, field: str) -> str:
         """FEDn stores a model's id under `model` alone."""
@@ -505,7 +556,14 @@ ENTITIES = (
     Entity("runs", "run", Collection.RUNS, RunObject),
     Entity("statuses", "status", Collection.STATUSES, StatusObject),
     Entity("validations", "validation", Collection.VALIDATIONS, ValidationObject),
-    Entity("predictions", "prediction", Collection.PREDICTIONS, PredictionObject),
+    Entity(
+        "predictions",
+        "prediction",
+        Collection.PREDICTIONS,
+        PredictionObject,
+        ARE_PREDICTIONS,
+        shared_id="prediction_id",
+    ),
     Entity("metrics", "metric", Collection.METRICS, MetricObject),
     ATTRIBUTES,
     TELEMETRY,
@@ -527,6 +585,8 @@ class Message(BaseModel):
 
 class Failure(BaseModel):
     """`message` begins with the name of the field that is wrong, if one is."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"message": "round_timeout: missing"}]})
 
     message: str
     success: Literal[False] | None = None

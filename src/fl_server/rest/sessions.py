@@ -9,13 +9,13 @@ from fl_client.wire.codec import HELPERS
 
 from ..core.model import Outcome, SessionConfig, Status
 from ..errors import Conflict, Invalid, RequestError
-from ..scheduler.packages import Packages
-from ..scheduler.records import WIRE_STATUS
+from ..scheduler.records import WIRE_STATUS, helper_of
 from ..scheduler.scheduler import Scheduler
 from ..store.ports import Collection, Document
 from .bodies import BoundedRoute
 from .records import answered, changes, found
 from .schemas import (
+    MODELS,
     SESSIONS,
     ChangeSession,
     CreateSession,
@@ -29,16 +29,14 @@ from .schemas import (
     session_config,
 )
 
-DEFAULT_HELPER = "numpyhelper"
 
-
-def routes(scheduler: Scheduler, packages: Packages) -> APIRouter:
+def routes(scheduler: Scheduler) -> APIRouter:
     router = APIRouter(prefix="/api/v1/sessions", tags=["sessions"], route_class=BoundedRoute)
 
-    async def accepted(wanted: SessionConfigBody) -> SessionConfig:
+    def accepted(wanted: SessionConfigBody, model: Document) -> SessionConfig:
         if wanted.server_functions:
             raise Invalid("server_functions: not supported")
-        helper = wanted.helper_type or await packages.helper() or DEFAULT_HELPER
+        helper = wanted.helper_type or helper_of(model)
         if helper not in HELPERS:
             raise Invalid(f"helper_type: {helper!r} is unknown; known: {', '.join(sorted(HELPERS))}")
         return session_config(wanted, helper)
@@ -46,13 +44,15 @@ def routes(scheduler: Scheduler, packages: Packages) -> APIRouter:
     @router.post("/", response_model=SessionObject, status_code=201, operation_id="create_session")
     async def create(body: CreateSession) -> Response:
         wanted = body.session_config
-        config = await accepted(wanted)
         start_model = wanted.model_id or body.seed_model_id
         if not start_model:
             raise Invalid("model_id: missing: the model to start from")
-        for field, model_id in (("model_id", wanted.model_id), ("seed_model_id", body.seed_model_id)):
-            if model_id and await scheduler.store.get(Collection.MODELS, model_id) is None:
+        for field, model_id in (("seed_model_id", body.seed_model_id), ("model_id", start_model)):
+            model = await scheduler.store.get(Collection.MODELS, model_id) if model_id else None
+            if model_id and model is None:
                 raise Invalid(f"{field}: no model {model_id}")
+        assert model is not None
+        config = accepted(wanted, model)
         document = await answered(
             scheduler.create(config, name=body.name, model_id=start_model, session_id=body.session_id)
         )
@@ -93,7 +93,7 @@ def routes(scheduler: Scheduler, packages: Packages) -> APIRouter:
         wanted = checked(SessionConfigBody, sent)
         if wanted.model_id and wanted.model_id != document["session_config"]["model_id"]:
             raise Invalid("model_id: cannot be changed; a new session starts from another model")
-        return await accepted(wanted)
+        return accepted(wanted, await found(scheduler, MODELS, document["session_config"]["model_id"]))
 
     async def change(id: str, body: ChangeSession, *, lenient: bool) -> Response:
         document = await found(scheduler, SESSIONS, id)

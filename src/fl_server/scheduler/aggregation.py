@@ -8,10 +8,11 @@ read from mapped files and written block by block: memory does not grow with the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,10 +142,8 @@ class Aggregation:
         self._mean = WeightedMean()
 
     def _fold_early(self, report: Report) -> None:
-        try:
+        with contextlib.suppress(Exception):  # Aggregate will meet the same and say so
             self._fold(report)
-        except (LostUpdate, Abandoned, Unavailable):
-            pass  # Aggregate will meet the same and say so
 
     def _fold(self, report: Report) -> None:
         attempt = (report.task.round, report.task.attempt)
@@ -153,7 +152,7 @@ class Aggregation:
             self._attempt = attempt
         path = self._workshop.spool.path(report.update.blob)
         try:
-            with codec.open_npz(path, max_bytes=self._workshop.max_model_bytes) as file:
+            with codec.open_model(path, self._config().helper, max_bytes=self._workshop.max_model_bytes) as file:
                 self._mean.fold(file.arrays(), report.update.num_examples, lambda: self._abandoned(attempt))
         except BaseException as why:  # half folded: what is there cannot be used
             self._restart()
@@ -187,7 +186,7 @@ class Aggregation:
     def _write(self, job: Aggregate, config: SessionConfig, base: Path, state: Path | None, mean: Parameters) -> Made:
         optimizer = server_opt.parse(config.aggregator, config.aggregator_kwargs)
         limit = self._workshop.max_model_bytes
-        with codec.open_npz(base, max_bytes=limit) as file:
+        with codec.open_model(base, config.helper, max_bytes=limit) as file:
             layout = file.layout
             if state is None:
                 model, moments = optimizer.step(file.arrays(), mean, [])
@@ -195,14 +194,19 @@ class Aggregation:
                 with codec.open_npz(state, max_bytes=4 * limit) as former:
                     model, moments = optimizer.step(file.arrays(), mean, former.arrays())
             stem = f"{self._session}-{job.round}-{job.attempt}"
-            target = self._workshop.folder / f"{stem}.npz"
-            with codec.NpzWriter(target) as out:
-                for spec, array in zip(layout, model, strict=True):
-                    out.add(spec.name, array.dtype, spec.shape, (block for [block] in blocks(array)))
+            target = self._workshop.folder / f"{stem}{codec.SUFFIXES[config.helper]}"
+            made = tuple(
+                codec.ArraySpec(spec.name, array.dtype, spec.shape) for spec, array in zip(layout, model, strict=True)
+            )
+            out = codec.write(target, config.helper, made, [_blocks(array) for array in model])
         if not moments:
             return Made(target, out.sha256, None)
         moments_target = self._workshop.folder / f"{stem}.moments"
         with codec.NpzWriter(moments_target) as second:
             for index, array in enumerate(moments):
-                second.add(str(index), array.dtype, array.shape, (block for [block] in blocks(array)))
+                second.add(str(index), array.dtype, array.shape, _blocks(array))
         return Made(target, out.sha256, moments_target)
+
+
+def _blocks(array: codec.Array) -> Iterator[codec.Array]:
+    return (block for [block] in blocks(array))

@@ -7,20 +7,24 @@ a task that is closed or over is not checked: the record is asked before the con
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import itertools
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fl_client.wire import codec
-from fl_server.core.model import GlobalModel, ModelId, ModelUpdate, Task, UpdateId
+from fl_server.core.model import ModelId, ModelUpdate, SessionRecord, Task, UpdateId
 from fl_server.errors import Missing
 from fl_server.scheduler.calls import Reply
 from fl_server.scheduler.scheduler import Scheduler
+from fl_server.store.spool import is_replaced
 
 LAYOUTS_KEPT = 64
+UNCHECKED = "its task was not open when it came"  # heard only if the task is opened before it is decided
 MOST_EXAMPLES = 2**53  # float64 counts them exactly
 
 
@@ -41,69 +45,94 @@ class Intake:
         self._checks = itertools.count()
         self._layouts: OrderedDict[ModelId, codec.Layout] = OrderedDict()
 
-    async def receive(self, task: Task, announced: Announced) -> Reply:
-        """The update's verdict, durable. Waits while the store is away: the caller puts its patience around it."""
-        model = self._scheduler.wants(task)
-        if model is None:
-            return await self._submit(task, announced, "", None)
+    async def receive(self, task: Task, announced: Announced, patience_s: float) -> Reply:
+        """The update's verdict, durable. Raises TimeoutError when a store is away for longer than patience_s.
+
+        The check takes what it takes: cut off, it would begin anew each time that the client comes again.
+        """
+        wanted = self._scheduler.wants(task)
+        if wanted is None:
+            return await self._submit(task, announced, "", UNCHECKED, patience_s)
         if announced.failure:
-            return await self._submit(task, announced, "", f"the client could not train: {announced.failure}")
+            fault: str | None = f"the client could not train: {announced.failure}"
+            return await self._submit(task, announced, "", fault, patience_s)
         spool = self._work.spool
         blob = spool.find(task.client, announced.update_id)
         if blob is None:
-            fault: str | None = f"no upload {announced.update_id} of client {task.client}"
-        elif fault := examples_fault(announced.num_examples):
-            pass
-        else:
-            fault = await self._check(blob, model, announced)
-        return await self._submit(task, announced, blob or "", fault)
+            fault = f"no upload {announced.update_id} of client {task.client}"
+            return await self._submit(task, announced, "", fault, patience_s)
+        with spool.held(blob):
+            fault = examples_fault(announced.num_examples) or await self._check(blob, wanted, announced, patience_s)
+            return await self._submit(task, announced, blob, fault, patience_s)
 
-    async def _submit(self, task: Task, announced: Announced, blob: str, fault: str | None) -> Reply:
+    async def _submit(self, task: Task, announced: Announced, blob: str, fault: str | None, patience_s: float) -> Reply:
         valid = examples_fault(announced.num_examples) is None
         update = ModelUpdate(announced.update_id, blob, float(announced.num_examples) if valid else 0.0)
-        return await self._scheduler.update(task, update, fault)
+        async with asyncio.timeout(patience_s):
+            return await self._scheduler.update(task, update, fault)
 
-    async def _check(self, blob: str, model: GlobalModel, announced: Announced) -> str | None:
+    async def _check(self, blob: str, wanted: SessionRecord, announced: Announced, patience_s: float) -> str | None:
         loop, spool = asyncio.get_running_loop(), self._work.spool
-        layout = await self._layout(model)
+        try:
+            async with asyncio.timeout(patience_s):
+                layout = await self._layout(wanted)
+        except Missing as gone:
+            return f"the global model is gone: {gone}"
         # a call sent again may be checked beside the first one: each writes a file of its own
         stored = self._work.folder / f"{blob}.{next(self._checks)}.stored"
-        fault = await loop.run_in_executor(self._work.kernel, self._fault, spool.path(blob), layout, announced, stored)
+        path, helper, left = spool.path(blob), wanted.config.helper, threading.Event()
+        check = functools.partial(self._fault, path, helper, layout, announced, stored, left)
+        try:
+            fault = await loop.run_in_executor(self._work.kernel, check)
+        except asyncio.CancelledError:  # the thread goes on
+            left.set()
+            raise
         if fault is None and await loop.run_in_executor(self._work.kernel, stored.exists):
             await spool.replace(blob, stored)
         return fault
 
-    def _fault(self, path: Path, layout: codec.Layout, announced: Announced, stored: Path) -> str | None:
+    def _fault(
+        self,
+        path: Path,
+        helper: str,
+        layout: codec.Layout,
+        announced: Announced,
+        stored: Path,
+        left: threading.Event,
+    ) -> str | None:
+        """left: nobody waits for the result any more, and `stored` is litter."""
         try:
-            size_bytes = path.stat().st_size
-            if announced.size_bytes and announced.size_bytes != size_bytes:
-                return f"{size_bytes} bytes were uploaded, {announced.size_bytes} announced"
-            if announced.sha256:
-                with path.open("rb") as file:
-                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                if sha256 != announced.sha256:
-                    return f"sha256 {sha256}, {announced.sha256} announced"
+            if not is_replaced(path):  # else it is no longer what the client sent, and was compared before
+                size_bytes = path.stat().st_size
+                if announced.size_bytes and announced.size_bytes != size_bytes:
+                    return f"{size_bytes} bytes were uploaded, {announced.size_bytes} announced"
+                if announced.sha256:
+                    with path.open("rb") as file:
+                        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                    if sha256 != announced.sha256:
+                        return f"sha256 {sha256}, {announced.sha256} announced"
             limit = self._work.max_model_bytes
-            return codec.check_update(path, layout, max_bytes=limit, stored_copy=stored)
+            return codec.check_update(path, layout, helper=helper, max_bytes=limit, stored_copy=stored)
         except FileNotFoundError:
             return f"upload {path.name} is gone"
+        finally:
+            if left.is_set():
+                stored.unlink(missing_ok=True)
 
-    async def _layout(self, model: GlobalModel) -> codec.Layout:
-        """Names, dtypes and shapes of the model; read once for all its updates."""
+    async def _layout(self, wanted: SessionRecord) -> codec.Layout:
+        """Names, dtypes and shapes of the session's model; read once for all its updates. Raises Missing."""
+        model = wanted.model
         if (known := self._layouts.get(model.id)) is None:
-            try:
-                path = await self._scheduler.insist(self._work.models.local, model.id)
-            except Missing:
-                return ()  # the session hears of it from its Aggregate; until then nothing fits
+            path = await self._scheduler.insist(self._work.models.local, model.id)
             loop = asyncio.get_running_loop()
-            known = await loop.run_in_executor(self._work.kernel, self._read_layout, path)
+            known = await loop.run_in_executor(self._work.kernel, self._read_layout, path, wanted.config.helper)
             self._layouts[model.id] = known
             while len(self._layouts) > LAYOUTS_KEPT:
                 self._layouts.popitem(last=False)
         return known
 
-    def _read_layout(self, path: Path) -> codec.Layout:
-        with codec.open_npz(path, max_bytes=self._work.max_model_bytes) as file:
+    def _read_layout(self, path: Path, helper: str) -> codec.Layout:
+        with codec.open_model(path, helper, max_bytes=self._work.max_model_bytes) as file:
             return file.layout
 
 

@@ -8,12 +8,15 @@ that a message sent twice by a retry is stored once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from dataclasses import dataclass, field
 
+from fl_server.errors import StoreError
 from fl_server.scheduler.aggregation import Insist
 from fl_server.store.ports import Collection, Document, Patch, StateStore
 
+logger = logging.getLogger(__name__)
 QUEUE_SIZE = 4096  # full: record() and note() wait, and so does the client
 GROUP_SIZE = 1024
 NOTE_DELAY_S = 0.2
@@ -63,7 +66,24 @@ class Journal:
         while not ended:
             group, ended = await self._next_group()
             if group:
-                await self._insist(self._write, group)
+                await self._settle(group)
+
+    async def _settle(self, group: list[Entry]) -> None:
+        try:
+            await self._insist(self._write, group)
+        except StoreError:  # not ours any more, or unreadable: nothing can be promised
+            raise
+        except Exception as refused:  # one of them cannot be stored: it shall not take the others with it
+            if len(group) > 1:
+                for entry in group:
+                    await self._settle([entry])
+                return
+            [entry] = group
+            if entry.durable is None:
+                logger.exception("record dropped", extra={"collection": str(entry.collection)})
+            elif not entry.durable.done():
+                entry.durable.set_exception(refused)
+        else:
             for entry in group:
                 if entry.durable and not entry.durable.done():  # a caller that left is not waited for
                     entry.durable.set_result(None)

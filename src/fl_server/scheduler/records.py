@@ -46,6 +46,8 @@ WIRE_PHASE = {
 COMBINER_NAME = "combiner"
 COMBINER_ID = str(uuid.uuid5(uuid.NAMESPACE_OID, COMBINER_NAME))
 _RUNS = uuid.UUID("0f4a5b7e-6f57-5a0a-9d0c-3b9f2c1d8e11")
+_JOBS = uuid.UUID("7b1d2f60-0a55-5a53-8f0e-5a6f7e2c9d33")
+_NO_TEXT = frozenset({"is_sl_inference", "client_settings", "selected_clients"})
 
 
 @dataclass(slots=True)
@@ -56,6 +58,26 @@ class SessionFacts:
     seed_model_id: str
     committed_at: float  # seconds since the epoch, as every time in a document
     run_id: str | None = None  # of the run under way: from a start to the end that follows it
+
+
+@dataclass(slots=True)
+class RoundFacts:
+    """What a round's document holds and the core does not need. A restart forgets when its phases began."""
+
+    round_id: str  # on the wire: what FEDn's users call the round
+    began_at: float
+    config: Document | None = None  # as the document shows it
+    expected: int | None = None  # updates: one of each client of the cohort
+    training_at: float | None = None
+    aggregating_at: float | None = None
+
+    def note(self, record: RoundRecord, at: float) -> None:
+        match record.phase:
+            case Phase.TRAINING:
+                self.training_at = at if self.training_at is None else self.training_at
+                self.expected = len(record.cohort)
+            case Phase.AGGREGATING:
+                self.aggregating_at = at
 
 
 # ---- core to documents
@@ -103,67 +125,91 @@ def run_end(record: SessionRecord, run_id: str, at: float) -> Patch:
     return Patch(Collection.RUNS, run_id, changes)
 
 
-def round_put(
-    record: RoundRecord, round_id: str, config: SessionConfig, base: ModelId, began_at: float, at: float
-) -> Put:
+def round_put(record: RoundRecord, facts: RoundFacts, config: SessionConfig, base: ModelId, at: float) -> Put:
+    facts.note(record, at)
+    facts.config = {
+        **fedn_config(config),
+        "rounds": 1,
+        "round_id": facts.round_id,
+        "task": "training",
+        "session_id": record.session,
+        "model_id": base,
+        "selected_clients": None if config.client_ids is None else sorted(config.client_ids),
+        "is_sl_inference": False,
+    }
     document: Document = {
-        "round_id": round_id,
+        "round_id": facts.round_id,
         "status": WIRE_PHASE[record.phase],
         "status_reason": record.reason,
-        "round_config": {
-            **fedn_config(config),
-            "rounds": 1,
-            "round_id": round_id,
-            "task": "training",
-            "session_id": record.session,
-            "model_id": base,
-            "selected_clients": None if config.client_ids is None else sorted(config.client_ids),
-            "is_sl_inference": False,
-        },
+        "round_config": facts.config,
         "round_data": None,
         "combiners": [],
-        "committed_at": began_at,
+        "committed_at": facts.began_at,
         "updated_at": at,
         "fl": {
             "version": record.version,
             "session": record.session,
             "number": record.number,
             "attempt": record.attempt,
-            "ordinal": int(round_id),
+            "ordinal": int(facts.round_id),
             "record": asdict(record),
         },
     }
     return Put(Collection.ROUNDS, document)
 
 
-def model_writes(record: SessionRecord, round_id: str, at: float) -> list[Put | Patch]:
-    """The current model's own document and its round's end, made from the session's record alone."""
+def model_writes(record: SessionRecord, facts: RoundFacts, at: float) -> list[Put | Patch]:
+    """The current model's own document and its round's end, made from the session's record and the round's document."""
     model, config = record.model, record.config
     name = f"{config.model_name_prefix}_{model.round}" if config.model_name_prefix else None
     document = model_document(model, name=name, session_id=record.id, at=at)
-    combiner = {
-        "name": COMBINER_NAME,
-        "status": "Success",
-        "round_id": round_id,
-        "model_id": model.id,
-        "data": {
-            "nr_expected_updates": None,
-            "nr_required_updates": config.min_updates,
-            "timeout": config.round_timeout_s,
-            "aggregation_time": {"nr_aggregated_models": model.num_updates},
-        },
-    }
     ended = {
         "status": WIRE_PHASE[Phase.COMPLETED],
         "fl.record.phase": Phase.COMPLETED,
-        "combiners": [combiner],
-        "round_data": {"reduce": {}},
+        "combiners": [_combiner_of_round(record, facts, at)],
+        # one combiner: its model is the round's, and the commit is the write of this very document
+        "round_data": {
+            "time_commit": 0.0,
+            "reduce": {"time_aggregate_model": 0.0, "time_fetch_model": 0.0, "time_load_model": 0.0},
+        },
         "updated_at": at,
     }
-    return [Put(Collection.MODELS, document), Patch(Collection.ROUNDS, round_id, ended)]
+    return [Put(Collection.MODELS, document), Patch(Collection.ROUNDS, facts.round_id, ended)]
 
 
-def model_document(model: GlobalModel, *, name: str | None, session_id: str | None, at: float) -> Document:
+def _combiner_of_round(record: SessionRecord, facts: RoundFacts, at: float) -> Document:
+    """FEDn's entry (fedn-interface.md 6.5); what its combiner knows of the round's configuration is text."""
+    aggregated_s = None if facts.aggregating_at is None else at - facts.aggregating_at
+    config = {
+        key: value if key in _NO_TEXT or isinstance(value, str) else str(value)
+        for key, value in (facts.config or {}).items()
+    }
+    return {
+        "name": COMBINER_NAME,
+        "status": "Success",
+        "round_id": facts.round_id,
+        "model_id": record.model.id,
+        "time_exec_training": None if facts.training_at is None else at - facts.training_at,
+        "config": {**config, "_job_id": str(uuid.uuid5(_JOBS, f"{record.id}/{facts.round_id}"))},
+        "data": {
+            "nr_expected_updates": facts.expected,
+            "nr_required_updates": record.config.min_updates,
+            "timeout": record.config.round_timeout_s,
+            "time_combination": aggregated_s,
+            "aggregation_time": {
+                "nr_aggregated_models": record.model.num_updates,
+                "time_model_aggregation": aggregated_s,
+                "time_model_load": 0.0,  # each update is read while it is folded
+            },
+        },
+    }
+
+
+def model_document(
+    model: GlobalModel, *, name: str | None, session_id: str | None, at: float, helper: str = "numpyhelper"
+) -> Document:
+    """helper: the format of its bytes."""
+    fl = {"version": 1, "round": model.round, "attempt": model.attempt, "sha256": model.sha256, "helper": helper}
     return {
         "model": model.id,
         "key": "models",
@@ -172,8 +218,13 @@ def model_document(model: GlobalModel, *, name: str | None, session_id: str | No
         "session_id": session_id,
         "committed_at": at,
         "updated_at": at,
-        "fl": {"version": 1, "round": model.round, "attempt": model.attempt, "sha256": model.sha256},
+        "fl": fl,
     }
+
+
+def helper_of(model: Document) -> str:
+    """Of a model's document."""
+    return str(model["fl"].get("helper", "numpyhelper"))
 
 
 def report_put(report: Report, round_id: str) -> PutReport:
@@ -236,6 +287,11 @@ def round_record(document: Document) -> RoundRecord:
     fields["phase"] = Phase(fields["phase"])
     fields["cohort"] = tuple(ClientId(client) for client in fields["cohort"])
     return RoundRecord(**fields)
+
+
+def round_facts(document: Document) -> RoundFacts:
+    cohort = document["fl"]["record"]["cohort"]
+    return RoundFacts(document["round_id"], document["committed_at"], document["round_config"], len(cohort) or None)
 
 
 def report_of(document: Document) -> Report:

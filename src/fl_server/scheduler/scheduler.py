@@ -55,7 +55,8 @@ from fl_server.scheduler.calls import Calls, Reply
 from fl_server.scheduler.feed import Feed
 from fl_server.scheduler.journal import Journal
 from fl_server.scheduler.outage import Outages
-from fl_server.scheduler.session_task import RoundIds, SessionTask
+from fl_server.scheduler.predictions import Predictions
+from fl_server.scheduler.session_task import Rounds, SessionTask
 from fl_server.scheduler.streams import ClientStreams, Mailbox
 from fl_server.store.ports import BlobStore, Collection, Condition, Document, Patch, Put, Query, StateStore, Write
 
@@ -72,7 +73,9 @@ class Patience:
     upload_ttl_s: float = 3600.0  # an upload that no report names is litter after that
     litter_ttl_s: float = 3600.0  # so is a model's blob that no record names
     telemetry_ttl_s: float = 86_400.0
+    prediction_timeout_s: float = 600.0  # of a prediction run that says none
     sweep_every_s: float = 600.0
+    drain_s: float = 5.0  # a stop waits so long for what is queued to be written
 
 
 class Scheduler:
@@ -92,6 +95,15 @@ class Scheduler:
         self.outages = Outages(clock, self._patience.store_retry_s)
         self.insist = self.outages.insist
         self.journal = Journal(store, self.insist)
+        self.predictions = Predictions(
+            store,
+            self.streams,
+            self.feed,
+            self.insist,
+            clock,
+            timeout_s=self._patience.prediction_timeout_s,
+            rejoin_window_s=self._patience.rejoin_window_s,
+        )
         self._sessions: dict[SessionId, SessionTask] = {}
         self._tasks: asyncio.TaskGroup
         self._round_ids = itertools.count(1)
@@ -116,8 +128,11 @@ class Scheduler:
                 for session in self._sessions.values():
                     session.main.cancel()
                 self.calls.refuse_all(Unavailable("the server stops"))
-                await self.journal.finish()
-                if self.outages.away:
+                try:
+                    async with asyncio.timeout(0 if self.outages.away else self._patience.drain_s):
+                        await self.journal.finish()
+                        await asyncio.wait({journal})
+                except TimeoutError:  # its store is away: what it still holds was promised to nobody
                     journal.cancel()
 
     def stop_serving(self) -> None:
@@ -145,7 +160,12 @@ class Scheduler:
                 await task.inbox.put(Recovered(expected, await task.lost()))
             logger.info("session recovered", extra={"session": session_id, "expected": len(expected)})
         await self._end_runs()
-        return [("forget absent", self._forget_absent(expected)), ("sweep", self._sweep())]
+        await self.predictions.recover(expected)
+        return [
+            ("forget absent", self._forget_absent(expected)),
+            ("sweep", self._sweep()),
+            ("predictions", self.predictions.run()),
+        ]
 
     async def _begin_run(self, session: Document) -> None:
         """Again: a crash between two writes may have left a session that runs without the document of its run."""
@@ -173,6 +193,7 @@ class Scheduler:
         model = await self.insist(self.store.get, Collection.MODELS, model_id)
         if model is None:
             raise Invalid(f"model_id: no model {model_id}")
+        _check_helper(config, model)
         seed = GlobalModel(ModelId(model_id), sha256=model["fl"]["sha256"])
         record = SessionRecord(
             SessionId(session_id or str(uuid.uuid4())), config, random.SystemRandom().getrandbits(32), seed
@@ -218,8 +239,10 @@ class Scheduler:
         return await self.calls.wait(lambda call: task.inbox.put(StopRequested(call)))
 
     async def configure(self, session_id: str, config: SessionConfig) -> Reply:
-        """Another configuration for a session that is not running. Raises NotFound."""
+        """Another configuration for a session that is not running. Raises NotFound, Invalid naming the field."""
         task = self._sessions.get(SessionId(session_id)) or await self._load(SessionId(session_id))
+        if model := await self.insist(self.store.get, Collection.MODELS, task.model):
+            _check_helper(config, model)
         return await self.calls.wait(lambda call: task.inbox.put(Reconfigured(call, config)))
 
     async def _has_model(self, model_id: ModelId) -> bool:
@@ -248,7 +271,7 @@ class Scheduler:
 
     # ---- updates and validations
 
-    def wants(self, task: Task) -> GlobalModel | None:
+    def wants(self, task: Task) -> SessionRecord | None:
         owner = self._sessions.get(task.session)
         return owner.wants(task) if owner else None
 
@@ -309,11 +332,18 @@ class Scheduler:
         at = self.clock()
         presence = {"status": "online", "last_seen": at, "updated_at": at, "combiner": records.COMBINER_NAME}
         document = {**_new_client(client, name, at), **presence}
-        await self.journal.record(Collection.CLIENTS, document, Patch(Collection.CLIENTS, client, presence))
-        mailbox = self.streams.open(client, peer)
+        self._arriving[client] += 1
         try:
-            for session in list(self._sessions.values()):
-                await session.inbox.put(ClientAttached(client))
+            await self.journal.record(Collection.CLIENTS, document, Patch(Collection.CLIENTS, client, presence))
+        except asyncio.CancelledError:  # the caller left: it may be written all the same
+            self._arriving[client] -= 1
+            self._note_absence([client])
+            raise
+        self._arriving[client] -= 1
+        mailbox = self.streams.open(client, peer)
+        self.predictions.attached(client)  # no await in between: a run that begins then would ask it twice
+        try:
+            await self._tell_sessions(client)
         except BaseException:  # the caller left while an inbox was full, and will not detach what it never had
             await self.detach(mailbox)
             raise
@@ -364,14 +394,14 @@ class Scheduler:
 
     # ---- models and other documents
 
-    async def add_model(self, path: Path, *, name: str | None, sha256: str) -> Document:
-        """A seed from a checked npz file, which is taken: blob first, then the record that points at it."""
+    async def add_model(self, path: Path, *, name: str | None, sha256: str, helper: str) -> Document:
+        """A seed from a checked file of this helper, which is taken: blob first, then the record that points at it."""
         model = GlobalModel(ModelId(str(uuid.uuid4())), sha256=sha256)
         await self.models.put_file(model.id, path)
-        put = Put(Collection.MODELS, records.model_document(model, name=name, session_id=None, at=self.clock()))
-        await self.write([put])
+        document = records.model_document(model, helper=helper, name=name, session_id=None, at=self.clock())
+        await self.write([Put(Collection.MODELS, document)])
         self.feed.tell("model", session_id=None, round=0, model_id=model.id)
-        return put.document
+        return document
 
     async def patch(self, collection: Collection, id: str, changes: Mapping[str, Any]) -> Document | None:
         """The document with these plain fields set; None if there is none."""
@@ -423,7 +453,7 @@ class Scheduler:
     async def write(self, writes: Sequence[Write]) -> None:
         await self.insist(self.store.save, writes)
 
-    async def load(self, session_id: str) -> tuple[Session, records.SessionFacts, RoundIds]:
+    async def load(self, session_id: str) -> tuple[Session, records.SessionFacts, Rounds]:
         """What the store knows of a session. Raises NotFound."""
         document = await self.insist(self.store.get, Collection.SESSIONS, session_id)
         if document is None:
@@ -433,11 +463,11 @@ class Scheduler:
         rounds = await self._find(
             Collection.ROUNDS, Condition("fl.session", "eq", session_id), Condition("fl.number", "gte", committed)
         )
-        round_ids: RoundIds = {}
+        by_attempt: Rounds = {}
         running, reports = None, []
         for found in rounds:
             key = (found["fl"]["number"], found["fl"]["attempt"])
-            round_ids[key] = (found["round_id"], found["committed_at"])
+            by_attempt[key] = records.round_facts(found)
             if key == attempt:
                 running = records.round_record(found)
                 stored = await self.insist(self.store.reports, found["round_id"])
@@ -449,13 +479,13 @@ class Scheduler:
         )
         validated = [ClientId(validation["fl"]["client"]) for validation in validations]
         session = Session.from_records(record, running, reports, validated)
-        return session, records.session_facts(document), round_ids
+        return session, records.session_facts(document), by_attempt
 
     async def _load(self, session_id: SessionId) -> SessionTask:
-        session, facts, round_ids = await self.load(session_id)
+        session, facts, rounds = await self.load(session_id)
         if known := self._sessions.get(session_id):
             return known  # two loads at once: the first one owns it
-        task = self._sessions[session_id] = SessionTask(self, session, facts, round_ids)
+        task = self._sessions[session_id] = SessionTask(self, session, facts, rounds)
         task.main = self._tasks.create_task(task.run(), name=f"session {session_id}")
         return task
 
@@ -487,6 +517,8 @@ class Scheduler:
             for session in self._sessions.values():
                 counted |= session.blobs()
             old = [blob for blob in spool.stale(self.clock() - self._patience.upload_ttl_s) if blob not in counted]
+            if self.outages.calm_s < self._patience.upload_ttl_s:
+                old = []  # their reports may still be on the way: whoever sent them was told to come again
             await self.insist(spool.remove, old)
             litter = await self._litter()
             await self.insist(self.models.delete, litter)
@@ -509,11 +541,18 @@ class Scheduler:
         sessions = await self._find(Collection.SESSIONS)
         named = {records.session_record(session).model.optimizer_state for session in sessions}
         named |= {records.session_record(session).model.id for session in sessions}
-        return [
+        litter = [
             key
             for key in keys
             if key not in named and await self.insist(self.store.get, Collection.MODELS, key) is None
         ]
+        # what was put before an outage, or in it, may be about to be named by a save that has waited for its end
+        return litter if self.outages.calm_s >= self._patience.litter_ttl_s else []
+
+
+def _check_helper(config: SessionConfig, model: Document) -> None:
+    if config.helper != (helper := records.helper_of(model)):
+        raise Invalid(f"helper_type: {config.helper!r}, but model {model['model']} is in the format of {helper}")
 
 
 def _new_client(client: ClientId, name: str, at: float) -> Document:

@@ -34,7 +34,7 @@ from fl_server.core.events import (
     WakeAt,
 )
 from fl_server.core.explain import explain
-from fl_server.core.model import ClientId, GlobalModel, ModelId, SessionRecord, Status, Task, TaskKind, UpdateId
+from fl_server.core.model import ClientId, ModelId, SessionRecord, Status, Task, TaskKind, UpdateId
 from fl_server.core.session import Session, step
 from fl_server.errors import Unavailable
 from fl_server.scheduler import records
@@ -65,20 +65,18 @@ class Surroundings(Protocol):
     insist: Insist
 
     async def write(self, writes: Sequence[Write]) -> None: ...
-    async def load(self, session_id: str) -> tuple[Session, records.SessionFacts, RoundIds]: ...
+    async def load(self, session_id: str) -> tuple[Session, records.SessionFacts, Rounds]: ...
     async def verdict(self, task: Task, update_id: UpdateId) -> Reply: ...
     def new_round_id(self) -> str: ...
 
 
-RoundIds = dict[tuple[int, int], tuple[str, float]]  # (round, attempt) -> its wire id, and when it began
+Rounds = dict[tuple[int, int], records.RoundFacts]  # by (round, attempt)
 
 
 class SessionTask:
-    def __init__(
-        self, around: Surroundings, session: Session, facts: records.SessionFacts, round_ids: RoundIds
-    ) -> None:
+    def __init__(self, around: Surroundings, session: Session, facts: records.SessionFacts, rounds: Rounds) -> None:
         self._around, self._session, self.facts = around, session, facts
-        self._round_ids = round_ids
+        self._rounds = rounds
         self.inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_SIZE)
         self._ended: asyncio.Queue[Discard] = asyncio.Queue()  # unbounded: one an attempt
         self._alarm: float | None = None
@@ -103,11 +101,11 @@ class SessionTask:
     def explain(self) -> list[str]:
         return explain(self._session, self._around.clock())
 
-    def wants(self, task: Task) -> GlobalModel | None:
-        """The model that an update of this task is compared with; None if the task is not open."""
+    def wants(self, task: Task) -> SessionRecord | None:
+        """With whose model and helper an update of this task is compared; None if the task is not open."""
         round = self._session.round
         is_open = round is not None and round.open_task(task.client) == task
-        return self._session.record.model if is_open else None
+        return self._session.record if is_open else None
 
     def open_tasks(self, client: ClientId) -> list[tuple[Task, ModelId]]:
         """What the client has still to train."""
@@ -116,8 +114,8 @@ class SessionTask:
         return [(task, self._session.record.model.id)] if task else []
 
     def task_of_round(self, client: ClientId, round_id: str) -> Task | None:
-        for (number, attempt), (known, _) in self._round_ids.items():
-            if known == round_id:
+        for (number, attempt), facts in self._rounds.items():
+            if facts.round_id == round_id:
                 return Task(self._session.record.id, number, attempt, TaskKind.TRAIN, client)
         return None
 
@@ -182,7 +180,7 @@ class SessionTask:
                 logger.exception("session broken", extra={"incident": incident, "event": type(event).__name__})
                 await self._carry_out(effects)
                 session_id = self._session.record.id
-                self._session, self.facts, self._round_ids = await self._around.load(session_id)
+                self._session, self.facts, self._rounds = await self._around.load(session_id)
                 effects = step(self._session, Broken(f"incident {incident}"), self._around.outages.now())
                 if call := getattr(event, "call", None):
                     self._around.calls.refuse(call, Unavailable(f"incident {incident}"))
@@ -207,8 +205,9 @@ class SessionTask:
                     around.calls.answer(call, await around.verdict(task, update_id))
                 case IssueTask(task, model, deadline):
                     # a validation's task names the round that made its model
-                    round_id, _ = self._round_ids[task.round, task.attempt]
-                    around.streams.deliver(Assignment(task, model, deadline, round_id, self._session.record.config))
+                    round_id = self._rounds[task.round, task.attempt].round_id
+                    config = self._session.record.config
+                    around.streams.deliver(Assignment(task, model, config.helper, deadline, round_id, config))
                 case WakeAt(at_s):
                     self._alarm = at_s
                 case Fold() | Aggregate():
@@ -237,14 +236,14 @@ class SessionTask:
 
     # ---- records
 
-    def _round_id(self, number: int, attempt: int, at: float) -> tuple[str, float]:
-        """Given when the attempt is first saved, and kept: it is what FEDn's users call the round."""
-        if (number, attempt) not in self._round_ids:
+    def _round(self, number: int, attempt: int, at: float) -> records.RoundFacts:
+        """Its wire id is given when the attempt is first saved, and kept."""
+        if (number, attempt) not in self._rounds:
             # validation tasks name the committed round; this batch of events may still name the one before
             oldest = self._session.record.model.round - 1
-            kept = {key: named for key, named in self._round_ids.items() if key[0] >= oldest}
-            self._round_ids = {**kept, (number, attempt): (self._around.new_round_id(), at)}
-        return self._round_ids[number, attempt]
+            kept = {key: facts for key, facts in self._rounds.items() if key[0] >= oldest}
+            self._rounds = {**kept, (number, attempt): records.RoundFacts(self._around.new_round_id(), at)}
+        return self._rounds[number, attempt]
 
     def _writes(self, effects: Sequence[Effect], at: float) -> list[Write]:
         return [write for effect in effects if isinstance(effect, Save) for write in self._documents(effect, at)]
@@ -256,14 +255,14 @@ class SessionTask:
                 run = self._run_writes(record, at)
                 return [records.session_put(record, self.facts, at), *run]
             case SaveRound(record):
-                round_id, began_at = self._round_id(record.number, record.attempt, at)
-                return [records.round_put(record, round_id, config, self._base_of(record.number), began_at, at)]
+                round = self._round(record.number, record.attempt, at)
+                return [records.round_put(record, round, config, self._base_of(record.number), at)]
             case SaveReport(report):
-                round_id, _ = self._round_ids[report.task.round, report.task.attempt]
-                return [records.report_put(report, round_id)]
+                round = self._rounds[report.task.round, report.task.attempt]
+                return [records.report_put(report, round.round_id)]
             case SaveModel(record):
-                round_id, _ = self._round_ids[record.model.round, record.model.attempt]
-                return [*records.model_writes(record, round_id, at)]
+                round = self._rounds[record.model.round, record.model.attempt]
+                return [*records.model_writes(record, round, at)]
 
     def _run_writes(self, record: SessionRecord, at: float) -> list[Write]:
         """A run begins with the record that starts the session, and ends with the one that ends it."""
@@ -292,9 +291,8 @@ class SessionTask:
             case SaveRound(record):
                 told: dict[str, Any] = {"round": record.number, "attempt": record.attempt, "phase": str(record.phase)}
                 told |= {"cohort": len(record.cohort), "reason": record.reason}
-                feed.tell(
-                    "round", session_id=session_id, round_id=self._round_ids[record.number, record.attempt][0], **told
-                )
+                round_id = self._rounds[record.number, record.attempt].round_id
+                feed.tell("round", session_id=session_id, round_id=round_id, **told)
                 logger.info("round saved", extra=told)
             case SaveReport(report):
                 round = self._session.round

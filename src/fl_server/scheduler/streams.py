@@ -14,13 +14,14 @@ MAILBOX_SIZE = 256  # full: the stream is ended; attaching again issues again wh
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A task on its way to its client, with what the wire tells about its round."""
+    """A task on its way to its client, with what the wire tells about its round, if it is of one."""
 
     task: Task
     model: ModelId
+    helper: str  # the model's format, and the update's
     deadline: float  # seconds since the epoch
-    round_id: str
-    config: SessionConfig
+    round_id: str = ""
+    config: SessionConfig | None = None
 
 
 class Ending(Enum):

@@ -509,7 +509,9 @@ def _short(exc: errors.PyMongoError) -> str:
 def _indexes(collection: Collection) -> Iterator[pymongo.IndexModel]:
     """One a filter that lists have, in their order: the newest first, ties in the order of insertion."""
     id_field = ID_FIELD[collection]
-    yield pymongo.IndexModel([(id_field, 1)], name="fl id", unique=True)
+    # FEDn's own predictions have no record_id
+    sparse = collection is Collection.PREDICTIONS
+    yield pymongo.IndexModel([(id_field, 1)], name="fl id", unique=True, **({"sparse": True} if sparse else {}))
     for field in ("committed_at", *INDEXED[collection]):
         keys = [field, *(["committed_at"] if field != "committed_at" else []), "_id"]
         yield pymongo.IndexModel([(key, 1) for key in keys], name=f"fl {field}")

@@ -47,7 +47,7 @@ ID_FIELD: Mapping[Collection, str] = {
     Collection.RUNS: "run_id",
     Collection.STATUSES: "status_id",
     Collection.VALIDATIONS: "validation_id",
-    Collection.PREDICTIONS: "prediction_id",
+    Collection.PREDICTIONS: "record_id",  # ours: FEDn's, prediction_id, is shared by the clients of a run
     Collection.METRICS: "metric_id",
     Collection.ATTRIBUTES: "attribute_id",
     Collection.TELEMETRY: "telemetry_id",
@@ -64,7 +64,7 @@ INDEXED: Mapping[Collection, tuple[str, ...]] = {
     Collection.RUNS: ("session_id",),
     Collection.STATUSES: ("session_id", "sender.name", "type", "correlation_id"),
     Collection.VALIDATIONS: ("session_id", "model_id", "correlation_id", "sender.name"),
-    Collection.PREDICTIONS: ("model_id", "correlation_id", "sender.name"),
+    Collection.PREDICTIONS: ("fl.open", "prediction_id", "model_id", "correlation_id", "sender.name"),
     Collection.METRICS: ("session_id", "model_id", "key", "sender.name"),
     Collection.ATTRIBUTES: ("sender.client_id", "sender.name", "key"),
     Collection.TELEMETRY: ("sender.client_id", "sender.name", "key"),

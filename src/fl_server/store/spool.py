@@ -12,9 +12,12 @@ import hashlib
 import itertools
 import os
 import re
+import stat
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +30,7 @@ T = TypeVar("T")
 _BUFFER_BYTES = 2 * 1024 * 1024  # an upload that is no larger costs one call of the executor
 _REMOVED_AT_ONCE = 256  # then others get their turn in the executor
 _NAME = re.compile(r"[0-9a-f]{32}\.[0-9]{20}")
+_REPLACED_MODE = 0o440  # uploads can be written, replaced files cannot: a mark that is set with the name
 
 
 class SpoolFull(Unavailable):
@@ -56,6 +60,7 @@ class Spool:
         self._used_bytes = 0
         self._last_nonce = 0
         self._parts = itertools.count()
+        self._held: Counter[str] = Counter()
         self._waiting: set[asyncio.Future[None]] = set()
 
     async def open(self) -> None:
@@ -116,11 +121,13 @@ class Spool:
         """The file at `path`, in the spool's file system, takes the place of the upload; it is gone afterwards.
 
         It counts against max_bytes, but is never refused. Repeating it is allowed. Raises Missing if there is neither.
+        is_replaced() is true of it from then on, also after a restart.
         """
         target = self.path(name)
 
         def work() -> int:
             if path.exists():
+                path.chmod(_REPLACED_MODE)
                 place(path, target, fsync=self._fsync)
             elif not target.exists():
                 raise Missing(f"replace {name}: neither {path} nor the upload is there")
@@ -128,7 +135,17 @@ class Spool:
                 sync(self._folder)
             return target.stat().st_size
 
-        self._keep(name, await self._run(f"replace {name}", work))
+        def count(placed: asyncio.Future[int]) -> None:
+            if not placed.cancelled() and placed.exception() is None:
+                self._keep(name, placed.result())
+
+        placing = self._start(f"replace {name}", work)
+        try:
+            await asyncio.shield(placing)
+        except asyncio.CancelledError:  # the thread goes on, and what it places counts
+            placing.add_done_callback(count)
+            raise
+        count(placing)
 
     async def missing(self, names: Iterable[str]) -> set[str]:
         """Those whose bytes are not on the disk; no name, no bytes."""
@@ -146,9 +163,21 @@ class Spool:
             for name in batch:
                 self._forget(name)
 
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """It is in use, and not stale, until the block is left."""
+        self._held[name] += 1
+        try:
+            yield
+        finally:
+            self._held[name] -= 1
+            if not self._held[name]:
+                del self._held[name]
+
     def stale(self, older_than: float) -> list[str]:
-        """Complete before this time, seconds since the epoch; oldest first."""
-        return sorted((name for name in self._sizes if _nonce(name) < older_than * 1e9), key=_nonce)
+        """Complete before this time, seconds since the epoch, and not held; oldest first."""
+        old = (name for name in self._sizes if _nonce(name) < older_than * 1e9 and name not in self._held)
+        return sorted(old, key=_nonce)
 
     def _new_name(self, stem: str) -> str:
         """Sorts behind all of this process, and of its stem, also if the clock was set back."""
@@ -183,12 +212,15 @@ class Spool:
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def _run(self, doing: str, work: Callable[[], T]) -> T:
+    def _start(self, doing: str, work: Callable[[], T]) -> asyncio.Future[T]:
         def on_thread() -> T:
             with disk_errors(f"spool {self._folder}: {doing}"):
                 return work()
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, on_thread)
+        return asyncio.get_running_loop().run_in_executor(self._executor, on_thread)
+
+    async def _run(self, doing: str, work: Callable[[], T]) -> T:
+        return await self._start(doing, work)
 
 
 class Upload:
@@ -280,6 +312,11 @@ class Upload:
                     self._discard()
 
         await self._spool._run(doing, on_thread)
+
+
+def is_replaced(path: Path) -> bool:
+    """Whether replace() has put this file of a spool there. Blocking. Raises FileNotFoundError."""
+    return not path.stat().st_mode & stat.S_IWUSR
 
 
 def _stem(client: str, upload: str) -> str:

@@ -1,0 +1,24 @@
+"""Calls of FEDn's own APIClient: [[method, keyword arguments], …] on stdin, the answers as JSON on stdout.
+
+Run in FEDn's environment. FLSERVE_API: host:port/path of the server. The method "" answers the names of all methods.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from fedn import APIClient
+
+host, _, port = os.environ["FLSERVE_API"].partition(":")
+api = APIClient(host=host, port=int(port)) if port.isdigit() else APIClient(host=os.environ["FLSERVE_API"])
+
+
+def answer(method: str, arguments: dict[str, object]) -> object:
+    if not method:
+        return [name for name in dir(APIClient) if not name.startswith("_")]
+    return getattr(api, method)(**arguments)
+
+
+print(json.dumps([answer(method, arguments) for method, arguments in json.load(sys.stdin)]))

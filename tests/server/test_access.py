@@ -1,0 +1,313 @@
+"""Who gets in on both ports: every route and every RPC, with every kind of token."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from fastapi import FastAPI
+from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.wrappers_pb2 import StringValue, UInt32Value
+
+from fl_client.wire import fl_pb2 as pb
+from fl_server.auth import ACCESS, OPEN, SERVERS, Failures, Gate, Role, Verifier, roles_of_route, roles_of_rpc
+from fl_server.testing import Federation
+from tests.server.rest_world import serving
+from tests.server.tokens import SECRET, bad_headers, token
+from tests.server.wire_client import WAIT_S, WireClient, port
+
+HEALTH = "grpc.health.v1.Health/Check"
+MANY = 1_000_000
+
+
+def bearer(role: str, **claims: Any) -> str:
+    return f"Bearer {token(role, **claims)}"
+
+
+def gate(**settings: Any) -> Gate:
+    return Gate(Verifier.of(SECRET), Failures(MANY, time.monotonic), **settings)
+
+
+def routes(app: FastAPI) -> set[tuple[str, str]]:
+    """Method and path template of every route, those that the OpenAPI document leaves out too."""
+
+    def walk(found: Any) -> Iterator[tuple[str, str]]:
+        for route in found:
+            if (inner := getattr(route, "original_router", None)) is not None:
+                assert not route.include_context.prefix
+                yield from walk(inner.routes)
+            else:
+                yield from ((method, route.path) for method in route.methods)
+
+    documented = {(method.upper(), path) for path, item in app.openapi()["paths"].items() for method in item}
+    every = set(walk(app.routes))
+    assert documented <= every
+    return every
+
+
+# ---- REST
+
+
+async def test_every_route_is_in_the_table_and_nothing_else_is(tmp_path: Path) -> None:
+    async with serving(tmp_path) as api:
+        served = {f"{'GET' if method == 'HEAD' else method} {path}" for method, path in routes(api.app)}
+    assert served == {key for key in ACCESS if " " in key}
+
+
+async def test_no_route_takes_a_bad_token_or_another_role(tmp_path: Path) -> None:
+    async with serving(tmp_path, gate=gate()) as api:
+        for method, template in sorted(routes(api.app)):
+            path = template.replace("{id}", "some-id")
+            allowed = roles_of_route(method, path)
+            assert allowed
+            if allowed == OPEN:
+                assert (await api.http.request(method, path)).status_code == 200
+                continue
+            for kind, (header, said) in bad_headers().items():
+                answer = await api.http.request(method, path, headers={"Authorization": header} if header else {})
+                assert answer.status_code == 401, (method, path, kind)
+                assert method == "HEAD" or answer.json() == {"message": said}, (method, path, kind)
+            for role in set(Role) - allowed:
+                answer = await api.http.request(method, path, headers={"Authorization": bearer(role)})
+                assert answer.status_code in (401, 403), (method, path, role)
+
+
+async def test_every_role_gets_to_its_routes(tmp_path: Path) -> None:
+    async with serving(tmp_path, gate=gate()) as api:
+        for method, template in sorted(routes(api.app) - {("GET", "/api/v1/events/")}):
+            path = template.replace("{id}", "some-id")
+            for role in Role:
+                if role in roles_of_route(method, path):
+                    answer = await api.http.request(method, path, headers={"Authorization": bearer(role)})
+                    assert answer.status_code not in (401, 403), (method, path, role)
+
+
+async def test_another_role_is_401_on_fedns_routes_and_403_on_ours(tmp_path: Path) -> None:
+    async with serving(tmp_path, gate=gate()) as api:
+        admin, client = {"Authorization": bearer("admin")}, {"Authorization": bearer("client")}
+        answer = await api.http.post("/api/v1/clients/add", headers=admin, json={"name": "a"})
+        assert (answer.status_code, answer.json()) == (401, {"message": "Invalid token"})
+        answer = await api.http.get("/api/v1/sessions/s/explain", headers=client)
+        assert (answer.status_code, answer.json()) == (403, {"message": "Insufficient permissions"})
+
+
+async def test_a_path_that_is_not_in_the_table_is_401_without_a_token_and_404_with_one(tmp_path: Path) -> None:
+    async with serving(tmp_path, gate=gate()) as api:
+
+        @api.app.get("/forgotten")
+        def forgotten() -> str:
+            raise AssertionError("reached")
+
+        for path in ("/forgotten", "/nowhere", "/health/x"):
+            assert (await api.http.get(path)).status_code == 401
+            assert (await api.http.get(path, headers={"Authorization": bearer("admin")})).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["//api//v1//clients", "/api/v1/clients/", "/api/v1/clients//", "/api/v1/%63lients/"])
+async def test_no_spelling_of_a_path_gets_around_the_table(path: str, tmp_path: Path) -> None:
+    async with serving(tmp_path, gate=gate(open_prefix="/internal"), url_prefix="/internal") as api:
+        url = f"http://server:8092{path}"
+        assert (await api.http.get(url)).status_code == 401
+        assert (await api.http.get(url, headers={"Authorization": bearer("client")})).status_code == 401
+        assert (await api.http.get(url, headers={"Authorization": bearer("admin")})).status_code == 200
+        assert (await api.http.get(f"/internal{path}")).status_code == 200
+
+
+async def test_the_whitelist_opens_what_lies_under_it_and_no_neighbour(tmp_path: Path) -> None:
+    async with serving(tmp_path, gate=gate(open_prefix="/internal"), url_prefix="/internal") as api:
+        assert (await api.http.get("/internal/api/v1/clients/")).status_code == 200
+        added = await api.http.post("/internal/api/v1/clients/add", json={"name": "a", "client_id": "a"})
+        assert added.status_code == 200
+        for path in ("/internalapi/v1/clients/", "/api/v1/clients/", "/x/internal/api/v1/clients/"):
+            assert (await api.http.get(path)).status_code == 401
+        for path in ("/internal/../api/v1/clients/", "/internal/%2e%2e/api/v1/clients/"):
+            url = httpx.URL("http://server:8092").copy_with(raw_path=path.encode())
+            assert (await api.http.get(url)).status_code in (401, 404)
+
+
+async def test_two_tokens_are_none(tmp_path: Path) -> None:
+    async with serving(tmp_path, gate=gate()) as api:
+        headers = [("Authorization", bearer("admin")), ("Authorization", bearer("admin"))]
+        assert (await api.http.get("/api/v1/clients/", headers=headers)).status_code == 401
+
+
+async def test_a_client_can_add_itself_only(tmp_path: Path) -> None:
+    async with serving(tmp_path, gate=gate()) as api:
+        for claim in ("client_id", "sub"):
+            headers = {"Authorization": bearer("client", **{claim: "a"})}
+            refused = await api.http.post("/api/v1/clients/add", headers=headers, json={"name": "x", "client_id": "b"})
+            assert refused.status_code == 401
+            for body in ({"name": "x", "client_id": "a"}, {"name": "x"}):
+                added = await api.http.post("/api/v1/clients/add", headers=headers, json=body)
+                assert (added.status_code, added.json()["client_id"]) == (200, "a")
+        unnamed = {"Authorization": bearer("client")}
+        added = await api.http.post("/add_client", headers=unnamed, json={"name": "x", "client_id": "b"})
+        assert added.json()["client_id"] == "b"
+        assert (await api.counts())["clients"] == 2
+
+
+async def test_bad_tokens_above_the_limit_are_429(tmp_path: Path) -> None:
+    few = Gate(Verifier.of(SECRET), Failures(2, lambda: 0.0))
+    async with serving(tmp_path, gate=few) as api:
+        codes = [(await api.http.get("/api/v1/clients/")).status_code for _ in range(4)]
+        assert codes == [401, 401, 429, 429]
+        assert (await api.http.get("/api/v1/clients/", headers={"Authorization": bearer("admin")})).status_code == 200
+
+
+async def test_an_event_stream_ends_when_its_token_expires() -> None:
+    async with Federation(jwt_secret_key=SECRET) as federation:
+        headers = {"Authorization": bearer("admin", exp=time.time() - 4)}  # within the leeway, for another second
+        async with (
+            asyncio.timeout(WAIT_S),
+            federation.http.stream("GET", "/api/v1/events/", headers=headers) as events,
+        ):
+            assert events.status_code == 200
+            lines = [line async for line in events.aiter_lines()]
+            assert lines[0] == ": hello"
+
+
+# ---- gRPC
+
+
+class Caller:
+    """Any RPC with any metadata."""
+
+    def __init__(self, federation: Federation) -> None:
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port(federation)}")
+
+    async def __aenter__(self) -> Caller:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close(None)
+
+    async def call(self, rpc: str, header: str | None, client: str = "a", **sender: str) -> tuple[grpc.StatusCode, str]:
+        """How it ends: OK for a stream that has begun."""
+        metadata = [("client", client), *([("authorization", header)] if header is not None else [])]
+        service, _, name = rpc.partition("/")
+        if rpc == HEALTH:
+            method: Any = None
+            request: Any = StringValue()
+        else:
+            method = pb.DESCRIPTOR.services_by_name[service.removeprefix("fedn.")].methods_by_name[name]
+            request = GetMessageClass(method.input_type)()
+            if sender:
+                request.sender.client_id = sender["client_id"]
+        streams_in = method is not None and method.client_streaming
+        streams_out = method is not None and method.server_streaming
+        kind = f"{'stream' if streams_in else 'unary'}_{'stream' if streams_out else 'unary'}"
+        stub = getattr(self._channel, kind)(
+            f"/{rpc}", request_serializer=lambda message: message.SerializeToString(), response_deserializer=bytes
+        )
+        call = stub(iter([request]) if streams_in else request, metadata=metadata)
+        async with asyncio.timeout(WAIT_S):
+            if streams_out:
+                await call.initial_metadata()
+                if not call.done() and name == "TaskStream":
+                    call.cancel()
+                    return grpc.StatusCode.OK, ""
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    while await call.read() is not grpc.aio.EOF:
+                        pass
+            return await call.code(), await call.details()
+
+
+async def test_every_rpc_is_in_the_table_and_nothing_else_is() -> None:
+    async with Federation() as federation:
+        assert set(federation.server.rpcs) == {key for key in ACCESS if "/" in key and " " not in key}
+
+
+async def test_no_rpc_takes_a_bad_token_or_another_role() -> None:
+    unauthenticated, denied = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
+    async with (
+        Federation(jwt_secret_key=SECRET, auth_failures_per_minute=MANY) as federation,
+        Caller(federation) as caller,
+    ):
+        for rpc in federation.server.rpcs:
+            if rpc == HEALTH:
+                continue
+            for kind, (header, said) in bad_headers().items():
+                if kind == "long":
+                    continue
+                text = "Token is missing" if header is None else said
+                assert await caller.call(rpc, header) == (unauthenticated, text), (rpc, kind)
+            for role in Role:
+                code, text = await caller.call(rpc, bearer(role))
+                if role in roles_of_rpc(rpc):
+                    assert code not in (unauthenticated, denied), (rpc, role)
+                else:
+                    assert (code, text) == (denied, "Insufficient permissions"), (rpc, role)
+
+
+async def test_a_token_of_one_client_cannot_act_as_another_on_any_rpc() -> None:
+    async with Federation(jwt_secret_key=SECRET) as federation, Caller(federation) as caller:
+        own = bearer("client", client_id="a")
+        for rpc in federation.server.rpcs:
+            if rpc == HEALTH or roles_of_rpc(rpc) == SERVERS:
+                continue
+            takes_sender = rpc != "fedn.ModelService/Upload"
+            code, _ = await caller.call(rpc, own, "b", **({"client_id": "b"} if takes_sender else {}))
+            assert code is grpc.StatusCode.PERMISSION_DENIED, rpc
+            code, _ = await caller.call(rpc, own, "a", **({"client_id": "a"} if takes_sender else {}))
+            assert code is not grpc.StatusCode.PERMISSION_DENIED, rpc
+        statuses = (await federation.http.get("/api/v1/statuses/", headers={"Authorization": bearer("admin")})).json()
+        senders = Counter(status["sender"]["client_id"] for status in statuses["result"])
+        assert "b" not in senders
+
+
+async def test_a_task_stream_ends_unauthenticated_when_its_token_expires() -> None:
+    async with Federation(jwt_secret_key=SECRET) as federation, WireClient(port(federation), "a") as client:
+        client.authorize(bearer("client", client_id="a", exp=time.time() - 4))
+        stream = client.attach()
+        async with asyncio.timeout(WAIT_S):
+            await stream.initial_metadata()
+            assert (await stream.code(), await stream.details()) == (
+                grpc.StatusCode.UNAUTHENTICATED,
+                "Token expired",
+            )
+        await federation.event("client", client_id="a", status="offline")
+
+
+async def test_health_is_open_and_says_whether_the_server_takes_work() -> None:
+    async with (
+        Federation(jwt_secret_key=SECRET) as federation,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port(federation)}") as channel,
+    ):
+        check = channel.unary_unary(
+            f"/{HEALTH}", request_serializer=StringValue.SerializeToString, response_deserializer=UInt32Value.FromString
+        )
+        assert (await check(StringValue())).value == 1
+        assert (await check(StringValue(value="fedn.Combiner"))).value == 1
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await check(StringValue(value="nobody"))
+        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+        federation.server.scheduler.stop_serving()
+        assert (await check(StringValue())).value == 2
+
+
+async def test_neither_token_nor_secret_is_in_any_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    sent = [header for header, _ in bad_headers().values() if header and len(header) < 8000]
+    good = bearer("client", client_id="a")
+    async with Federation(jwt_secret_key=SECRET) as federation, Caller(federation) as caller:
+        for header in (*sent, good):
+            await federation.http.get("/api/v1/clients/", headers={"Authorization": header})
+            await caller.call("fedn.Connector/SendStatus", header)
+    ours = "\n".join(record.getMessage() + str(record.__dict__) for record in caplog.records if _ours(record))
+    assert ours
+    for secret in (SECRET, *(header.split()[-1] for header in (*sent, good) if len(header) > 40)):
+        assert secret not in ours
+
+
+def _ours(record: logging.LogRecord) -> bool:
+    """httpcore, which the test itself calls with, tells its headers at DEBUG."""
+    return not record.name.startswith(("httpcore", "hpack"))

@@ -1,0 +1,59 @@
+"""What one client sends never ends the server, nor what another client has going: on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import numpy as np
+
+from fl_client.wire import codec
+from fl_client.wire import fl_pb2 as pb
+from fl_server.store.ports import Collection, Query
+from tests.server.virtual_world import World, on_virtual_time
+from tests.server.wire_client import SHAPES, update_of
+from tests.virtual import Context
+
+
+def context(client: str) -> Any:
+    return Context(client)
+
+
+@on_virtual_time
+async def test_a_sum_that_leaves_its_range_ends_its_session_and_not_the_server(world: World) -> None:
+    a, b = await world.clients("a", "b")
+    session = await world.started(min_clients=2, round_retries=0)
+    task, _ = await a.task(), await b.task()
+    blob = codec.encode([np.full(shape, 1e307 if dtype is np.float64 else 1.0, dtype) for shape, dtype in SHAPES])
+    upload = await world.scheduler.workshop.spool.begin("a", "u")
+    await upload.write(blob)
+    await upload.finish()
+    update = update_of(task, "u", sender="a", meta={"training_metadata": {"num_examples": 1000}})
+    assert (await world.servicer.SendModelUpdate(update, context("a"))).verdict == pb.VERDICT_ACCEPTED
+    await asyncio.sleep(1)
+    assert "waiting for 1 of 2 clients" in await world.explained(session)
+
+
+@on_virtual_time
+async def test_a_metric_that_is_no_number_is_stored_and_the_others_with_it(world: World) -> None:
+    metrics = [pb.MetricElem(key=key, value=value) for key, value in (("nan", math.nan), ("inf", math.inf), ("one", 1))]
+    await world.servicer.SendModelMetric(pb.ModelMetric(metrics=metrics), context("a"))
+    telemetries = [pb.TelemetryElem(key="nan", value=math.nan)]
+    await world.servicer.SendTelemetryMessage(pb.TelemetryMessage(telemetries=telemetries), context("a"))
+    await asyncio.sleep(1)
+    stored = await world.store.find(Collection.METRICS, Query())
+    assert {metric["key"]: metric["value"] for metric in stored} == {"nan": None, "inf": None, "one": 1.0}
+    [telemetry] = await world.store.find(Collection.TELEMETRY, Query())
+    assert telemetry["value"] is None
+
+
+@on_virtual_time
+async def test_a_record_that_the_store_cannot_hold_is_refused_alone(world: World) -> None:
+    journal = world.scheduler.journal
+    good, bad = {"metric_id": "good", "value": 1.0}, {"metric_id": "bad", "value": math.nan}
+    waiting = [asyncio.ensure_future(journal.record(Collection.METRICS, document)) for document in (bad, good)]
+    done = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(done[0], ValueError)
+    assert done[1] is None
+    assert [metric["metric_id"] for metric in await world.store.find(Collection.METRICS, Query())] == ["good"]
