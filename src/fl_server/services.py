@@ -132,6 +132,8 @@ class Weed(Service):
             "-filer",
             "-s3",
             f"-s3.config={config}",
+            "-s3.port.iceberg=0",  # fixed ports, of which there would be one a machine
+            "-s3.port.lance=0",
             "-master.volumeSizeLimitMB=64",
             "-master.telemetry=false",
             "-volume.max=0",

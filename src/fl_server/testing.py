@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pytest
 
 from fl_client.client import Backoff, Client, Predict, Train, Validate
+from fl_client.tokens import Tokens
 from fl_client.wire import codec
 from fl_server.app import Server, serving
 from fl_server.scheduler.feed import FeedEvent
@@ -114,7 +115,13 @@ class Federation:
     # ---- clients
 
     def add_client(
-        self, client_id: str, *, train: Train, validate: Validate | None = None, predict: Predict | None = None
+        self,
+        client_id: str,
+        *,
+        train: Train,
+        validate: Validate | None = None,
+        predict: Predict | None = None,
+        token: str | Tokens = "",
     ) -> Client:
         """Attaches on its way; `attached` waits for it."""
         client = Client(
@@ -123,6 +130,7 @@ class Federation:
             validate=validate,
             predict=predict,
             client_id=client_id,
+            token=token,
             backoff=QUICK,
         )
         self._running[client_id] = self._tasks.create_task(client.run(), name=f"client {client_id}")
@@ -212,8 +220,12 @@ class Federation:
 class ServerProcess:
     """`flserve up` as a process: start, kill and start again on the same data and ports."""
 
-    def __init__(self, data_dir: Path, *arguments: str, wait_s: float = 60.0) -> None:
+    def __init__(
+        self, data_dir: Path, *arguments: str, environment: Mapping[str, str] | None = None, wait_s: float = 60.0
+    ) -> None:
+        """environment: FL_* variables; those of this process are not handed on."""
         self.data_dir, self._arguments, self._wait_s = data_dir, arguments, wait_s
+        self._environment = dict(environment or {})
         self._ports = (0, 0)
         self._process: asyncio.subprocess.Process | None = None
         self.api_url = ""
@@ -236,6 +248,7 @@ class ServerProcess:
         ports = ("--api-port", str(api_port), "--grpc-port", str(grpc_port))
         where = ("--data-dir", str(self.data_dir), "--ready-file", str(ready_file))
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FL_")}
+        environment |= self._environment
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "fl_server.cli", "up", *where, *ports, *self._arguments),
@@ -252,6 +265,17 @@ class ServerProcess:
         ready = json.loads(ready_file.read_text())
         self.api_url = ready["api_url"]
         self._ports = (int(self.api_url.rpartition(":")[2]), ready["grpc_port"])
+
+    def send(self, number: signal.Signals) -> None:
+        """SIGSTOP and SIGCONT, for tests of a server that hangs."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    async def ended(self) -> int:
+        """The exit code, when it ends by itself."""
+        assert self._process is not None
+        async with asyncio.timeout(self._wait_s):
+            return await self._process.wait()
 
     async def kill(self) -> None:
         """SIGKILL: nothing of it can react."""

@@ -206,7 +206,7 @@ def _certificate(
     )
     if hosts:
         names = x509.SubjectAlternativeName([_general(host) for host in hosts])
-        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
         builder = builder.add_extension(names, critical=False).add_extension(usage, critical=False)
     return builder.sign(signer, hashes.SHA256())
 

@@ -1,4 +1,4 @@
-"""binaryhelper's and safetensors' formats: what is written is read again, and bytes from strangers are refused by name."""
+"""binaryhelper and safetensors: what is written is read again, bytes from strangers are refused by name."""
 
 from __future__ import annotations
 

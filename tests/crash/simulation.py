@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import inspect
+import io
 import json
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
@@ -159,6 +161,7 @@ class SimClient:
         self.id, self.index, self.network, self.federation = f"c{index}", index, network, federation
         self.heard: list[tuple[pb.TaskRequest, str, int]] = []  # (task, update id, verdict)
         self.count = 0
+        self.announced: dict[str, dict[str, Any]] = {}  # by update id
 
     async def run(self) -> None:
         tasks: asyncio.Queue[pb.TaskRequest] = asyncio.Queue()
@@ -218,6 +221,11 @@ class SimClient:
         self.count += 1
         update_id = f"{self.id}-{self.count}"
         data = codec.encode(update)
+        if self.id == "c2":  # as FEDn's helper writes it, but announced: the server keeps another form of it
+            out = io.BytesIO()
+            np.savez_compressed(out, **{str(index): array for index, array in enumerate(update)})  # type: ignore[arg-type]
+            data = out.getvalue()
+            self.announced[update_id] = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         requests = [
             pb.ModelRequest(id=update_id, data=data[:100], status=pb.IN_PROGRESS),
             pb.ModelRequest(id=update_id, data=data[100:], status=pb.IN_PROGRESS),
@@ -235,7 +243,8 @@ class SimClient:
 
     async def send(self, task: pb.TaskRequest, update_id: str) -> None:
         meta = {"training_metadata": {"num_examples": 1 + self.index}, "config": task.data}
-        message = pb.ModelUpdate(model_id=task.model_id, model_update_id=update_id, meta=json.dumps(meta))
+        announced = self.announced.get(update_id, {})
+        message = pb.ModelUpdate(model_id=task.model_id, model_update_id=update_id, meta=json.dumps(meta), **announced)
         reply = await self.network.insist(lambda life: life.servicer.SendModelUpdate(message, Context(self.id)))
         self.heard.append((task, update_id, reply.verdict))
 
@@ -359,7 +368,9 @@ class Federation:
     async def create(self, life: Life) -> None:
         seed = codec.encode([np.zeros(50), np.zeros((3, 2), np.float32)])
         await life.scheduler.models.put("seed", seed)
-        model = records.model_document(GlobalModel(ModelId("seed")), name=None, session_id=None, at=0.0)
+        model = records.model_document(
+            GlobalModel(ModelId("seed")), helper=codec.NUMPY, name=None, session_id=None, at=0.0
+        )
         await life.scheduler.store.append(Collection.MODELS, [model])
         config = SessionConfig(rounds=3, min_clients=2, round_timeout_s=30.0, validation_timeout_s=30.0)
         with contextlib.suppress(Invalid):  # it exists: we asked before, and the answer was lost

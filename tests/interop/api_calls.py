@@ -11,8 +11,7 @@ import sys
 
 from fedn import APIClient
 
-host, _, port = os.environ["FLSERVE_API"].partition(":")
-api = APIClient(host=host, port=int(port)) if port.isdigit() else APIClient(host=os.environ["FLSERVE_API"])
+api = APIClient(host=os.environ["FLSERVE_API"])
 
 
 def answer(method: str, arguments: dict[str, object]) -> object:

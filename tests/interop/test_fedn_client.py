@@ -25,8 +25,10 @@ from tests.interop.fedn_world import (
 SESSION_TIMEOUT_S = 150.0
 
 
-async def test_fedn_clients_finish_a_session_whose_server_was_killed_after_the_first_round(tmp_path: Path) -> None:
-    async with processes(tmp_path) as ours, ServerProcess(tmp_path / "data") as server:
+async def test_fedn_clients_finish_a_session_whose_server_was_killed_after_the_first_round(
+    tmp_path: Path, server_arguments: list[str]
+) -> None:
+    async with processes(tmp_path) as ours, ServerProcess(tmp_path / "data", *server_arguments) as server:
         async with asyncio.timeout(SESSION_TIMEOUT_S):
             clients = {
                 client_id: await ours.client_start(client_id, "--api-url", server.api_url, "--local-package")
@@ -52,6 +54,10 @@ async def test_fedn_clients_finish_a_session_whose_server_was_killed_after_the_f
                     number * ROUND_SHIFT for number in (1, 2, 3)
                 ]
                 validations = await listed(api, "validations", session_id=session_id)
+                rounds = await listed(api, "rounds", round_config__session_id=session_id, status="Finished")
+                told = [round["combiners"][0]["data"] for round in rounds]
+                assert [data["nr_expected_updates"] for data in told] == [2, 2, 2]
+                assert [data["aggregation_time"]["nr_aggregated_models"] for data in told] == [2, 2, 2]
 
         means = {(v["sender"]["client_id"], v["model_id"]): json.loads(v["data"])["mean"] for v in validations}
         assert len(means) == len(validations), "a validation is stored twice"

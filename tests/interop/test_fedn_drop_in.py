@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import tarfile
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 import pytest_asyncio
 
 from fl_server.testing import ServerProcess
+from tests.interop.conftest import URL_PREFIX
 from tests.interop.fedn_world import (
     PACKAGE,
     ROUND_SHIFT,
@@ -43,7 +43,6 @@ from tests.interop.fedn_world import (
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 WAIT_S = 60.0
 ROUNDS = 5
-STORES = ["embedded", pytest.param("MongoDB and S3", marks=pytest.mark.long)]
 CONFIG_KEYS = {  # of a round, fedn-interface.md 6.5
     *("aggregator", "aggregator_kwargs", "buffer_size", "client_settings", "clients_required", "delete_models_storage"),
     *("helper_type", "is_sl_inference", "model_id", "requested_clients", "round_id", "round_timeout", "rounds"),
@@ -71,32 +70,10 @@ class World:
         return [answer["output"] for answer in answers]
 
 
-@pytest.fixture(scope="module", params=STORES)
-def stores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The server's arguments."""
-    if request.param == "embedded":
-        return []
-    mongo_url, s3 = request.getfixturevalue("mongo_url"), request.getfixturevalue("s3_server")
-    name = f"interop-{uuid.uuid4().hex[:8]}"
-    settings = {
-        "mongo_url": mongo_url,
-        "mongo_database": name,
-        "s3_endpoint_url": s3.endpoint_url,
-        "s3_access_key": s3.access_key,
-        "s3_secret_key": s3.secret_key,
-        "s3_model_bucket": f"{name}-models",
-        "s3_context_bucket": f"{name}-context",
-        "s3_prediction_bucket": f"{name}-prediction",
-    }
-    file = tmp_path_factory.mktemp("config") / "flserve.toml"
-    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-    return ["--config", str(file)]
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def world(stores: list[str], tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def world(server_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     directory = tmp_path_factory.mktemp("fedn")
-    async with processes(directory) as ours, ServerProcess(directory / "data", *stores) as server:
+    async with processes(directory) as ours, ServerProcess(directory / "data", *server_arguments) as server:
         async with httpx.AsyncClient(base_url=server.api_url, timeout=90) as api, asyncio.timeout(2 * WAIT_S):
             # one calls itself by its id as `fedn client start` does, one by its name as SDK users do
             await ours.program("client-a", server.api_url, **SHARDS["client-a"])
@@ -116,6 +93,8 @@ async def test_five_rounds_of_two_clients_give_the_weighted_means(world: World) 
     models = await trail(world.api, world.session_id, world.seed_model_id)
     values = [await value_of(world.api, model_id) for model_id in models]
     assert values == [number * ROUND_SHIFT for number in range(1, ROUNDS + 1)]
+    count = await world.api.get("/api/v1/models/count", params={"session_id": world.session_id})
+    assert count.json() == len(models) == ROUNDS
     session = (await world.api.get(f"/api/v1/sessions/{world.session_id}")).json()
     assert session["session_config"]["model_id"] == models[-1]
     assert session["seed_model_id"] == world.seed_model_id
@@ -129,26 +108,17 @@ async def test_round_and_combiner_documents_have_fedns_shape(world: World) -> No
         config, [combiner] = round["round_config"], round["combiners"]
         assert round["round_id"].isdigit()
         assert config.keys() >= CONFIG_KEYS
-        assert (config["round_timeout"], config["rounds"], config["validate"], config["model_id"]) == (
-            *(60, 1, True),
-            began_with,
-        )
+        native = {"round_timeout": 60, "rounds": 1, "validate": True, "model_id": began_with, "task": "training"}
+        assert native.items() <= config.items()
         assert isinstance(round["round_data"]["time_commit"], float)
-        assert round["round_data"]["reduce"].keys() == {
-            *("time_aggregate_model", "time_fetch_model", "time_load_model"),
-        }
-        assert (combiner["status"], combiner["round_id"], combiner["model_id"]) == (
-            *("Success", round["round_id"]),
-            model_id,
-        )
+        assert sorted(round["round_data"]["reduce"]) == ["time_aggregate_model", "time_fetch_model", "time_load_model"]
+        said = {"name": "combiner", "status": "Success", "round_id": round["round_id"], "model_id": model_id}
+        assert said.items() <= combiner.items()
         assert combiner["time_exec_training"] >= 0
         inner = combiner["config"]
         assert inner.keys() >= CONFIG_KEYS | {"_job_id"}
-        no_text = {"client_settings": {}, "is_sl_inference": False}
-        assert {key: value for key, value in inner.items() if not isinstance(value, str)} == {
-            **no_text,
-            "selected_clients": inner["selected_clients"],
-        }
+        no_text = {key: value for key, value in inner.items() if not isinstance(value, str)}
+        assert no_text == {"client_settings": {}, "is_sl_inference": False, "selected_clients": [*SHARDS]}
         assert (inner["round_timeout"], inner["validate"], inner["aggregator_kwargs"]) == ("60", "True", "None")
         data = combiner["data"]
         assert (data["nr_expected_updates"], data["nr_required_updates"], data["timeout"]) == (2, 2, 60)
@@ -215,12 +185,31 @@ async def test_predictions_of_all_clients_are_kept(world: World) -> None:
         assert data[f"name of {client_id}"] == {"client": client_id, "mean": ROUND_SHIFT}
 
 
+async def test_a_model_of_fedns_binaryhelper_is_trained_as_such(world: World) -> None:
+    start = np.arange(4.0)
+    form = {"files": {"file": ("seed.bin", start.tobytes())}, "data": {"helper": "binaryhelper"}}
+    added = (await world.api.post("/api/v1/models/", **form)).raise_for_status().json()
+    async with asyncio.timeout(WAIT_S):
+        session_id, _ = await start_session(
+            world.api,
+            2,
+            client_ids="client-a,client-b",
+            seed_model_id=added["model_id"],
+            helper_type="binaryhelper",
+            validate=False,
+        )
+        session = await ended(world.api, session_id)
+    assert session["status"] == "Finished", session
+    stored = await world.api.get(f"/api/v1/models/{session['session_config']['model_id']}/download")
+    np.testing.assert_array_equal(np.frombuffer(stored.content), start + 2 * ROUND_SHIFT)
+
+
 async def test_a_callback_that_fails_ends_fedns_client_and_the_round_at_its_deadline(world: World) -> None:
     failing = await world.ours.program("failing", world.server.api_url, shift=0, num_examples=1, fail_at_train=True)
     async with asyncio.timeout(WAIT_S):
         await online(world.api, "failing")
         session_id, _ = await start_session(
-            world.api, 1, client_ids="client-a,failing", clients_required=1, round_timeout=4, validate=False
+            world.api, 1, client_ids="client-a,failing", clients_required=1, round_timeout=6, validate=False
         )
         session = await ended(world.api, session_id)
         assert await failing.wait() == 1
@@ -259,7 +248,9 @@ async def test_clients_with_a_remote_package_directly_at_the_combiner_and_from_a
     )
     direct = ("--combiner", "127.0.0.1", "--combiner-port", str(world.server.grpc_port), "--local-package")
     started = [
-        await world.ours.client_start("remote", "--api-url", world.server.api_url, local=False),
+        await world.ours.client_start(
+            "remote", "--api-url", world.server.api_url, local=False, FEDN_CUSTOM_URL_PREFIX="internal/"
+        ),
         await world.ours.client_start("direct", *direct, shard={"shift": 1.0, "num_examples": 1}),
         await world.ours.client_start("from-file", "-in", str(init), local=False),
     ]
@@ -384,6 +375,12 @@ async def test_every_method_of_fedns_api_client_is_answered(world: World, tmp_pa
     with np.load(tmp_path / "got.npz") as layers:
         assert float(layers["1"][0]) == ROUNDS * ROUND_SHIFT
 
+    [config] = await world.ours.ask(
+        "api_calls.py",
+        [["get_client_config", {}]],
+        FLSERVE_API=world.server.api_url.removeprefix("http://") + URL_PREFIX,
+    )
+    assert config["checksum"], "below the prefix"
     started = next(a["session_id"] for (m, _, _), a in zip(asked, answers, strict=True) if m == "start_session")
     async with asyncio.timeout(WAIT_S):
         assert (await ended(api, started))["status"] == "Finished"
@@ -462,7 +459,7 @@ async def test_what_is_wrong_in_fedns_own_command_line_is_its_own(world: World) 
         "cli_calls.py",
         [
             ["session", "start", "-ak", '{"learning_rate": 0.1}'],
-            ["session", "start", "-mc", "1000", "-rc", "2000", "-n", "refused"],
+            ["session", "start", "-mc", "1000", "-rc", "2000", "-n", "refused", "-m", world.seed_model_id],
         ],
         FEDN_CONTROLLER_URL=world.server.api_url,
     )

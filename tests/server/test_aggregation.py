@@ -26,6 +26,7 @@ from fl_server.core.model import (
     UpdateId,
     Verdict,
 )
+from fl_server.errors import Unavailable
 from fl_server.scheduler.aggregation import Aggregation, Workshop
 from fl_server.store.files import FileBlobStore
 from fl_server.store.spool import Spool
@@ -41,11 +42,18 @@ class Bench:
         work = folder / "work"
         work.mkdir()
         self.told: asyncio.Queue[Event] = asyncio.Queue()
+        self.tries = 0  # that may be Unavailable
         workshop = Workshop(self.models, self.spool, pool, work, 10**9)
         self.aggregation = Aggregation(SessionId("s"), lambda: config, workshop, self.insist, self.told.put)
 
     async def insist(self, work: Any, *args: Any) -> Any:
-        return await work(*args)
+        while True:
+            try:
+                return await work(*args)
+            except Unavailable:
+                if not self.tries:
+                    raise
+                self.tries -= 1
 
     async def report(self, client: str, *arrays: np.ndarray, num_examples: float = 1, attempt: int = 1) -> Report:
         upload = await self.spool.begin(client, f"u-{client}")
@@ -155,6 +163,41 @@ async def test_an_abandoned_attempt_tells_nothing(bench: Bench) -> None:
     bench.aggregation.abandon(Discard(1, 1, ()))
     model, _ = await bench.model(Aggregate(SEED, 1, 1, (a,)), Aggregate(SEED, 1, 2, (b,)))
     assert model.attempt == 2
+
+
+async def test_an_update_that_cannot_be_summed_does_not_end_the_aggregation_when_it_is_folded_early(
+    bench: Bench,
+) -> None:
+    huge = await bench.report("a", np.full(3, 1.0, np.float32), np.full((2, 2), 1e308), num_examples=1000)
+    good = await bench.report("b", *arrays(2.0), attempt=2)
+    _, parameters = await bench.model(Fold(huge), Aggregate(SEED, 1, 2, (good,)))
+    assert parameters[0].tolist() == [2.0] * 3
+
+
+async def test_a_global_model_that_vanishes_between_its_path_and_its_reading_is_asked_for_again(bench: Bench) -> None:
+    """As from a cache, by another download."""
+    bench.tries = 1
+    local, asked = bench.models.local, 0
+
+    async def vanishes(key: str) -> Path:
+        nonlocal asked
+        asked += 1
+        path = await local(key)
+        return path.with_name("evicted") if asked == 1 else path
+
+    bench.models.local = vanishes  # type: ignore[method-assign]
+    _, parameters = await bench.model(Aggregate(SEED, 1, 1, (await bench.report("a", *arrays(2.0)),)))
+    assert parameters[0].tolist() == [2.0] * 3
+
+
+async def test_an_abandoned_attempt_leaves_no_sum_in_memory(bench: Bench) -> None:
+    a = await bench.report("a", *arrays(1.0))
+    barrier = Aggregate(GlobalModel(ModelId("gone")), 1, 2, ())  # told without touching a sum, after all before it
+    await bench.outcome(Fold(a), barrier)
+    assert bench.aggregation._mean.num_updates == 1
+    bench.aggregation.abandon(Discard(1, 1, ()))
+    await bench.outcome(barrier)
+    assert bench.aggregation._mean.num_updates == 0
 
 
 class TestWithMoments:

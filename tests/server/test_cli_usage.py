@@ -27,7 +27,7 @@ def all_commands() -> Iterator[tuple[str, ...]]:
 
 
 COMMANDS = sorted(all_commands())
-AGAINST_A_SERVER = [path for path in COMMANDS if path[0] not in ("up", "settings", "demo")]
+AGAINST_A_SERVER = [path for path in COMMANDS if path[0] not in ("up", "settings", "openapi", "demo")]
 ARGUMENTS = {
     ("model", "upload"): ["seed.npz"],
     ("model", "download"): ["x", "-o", "out.npz"],

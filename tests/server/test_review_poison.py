@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
+from fl_server.scheduler.scheduler import METRICS_SHOWN
 from fl_server.store.ports import Collection, Query
 from tests.server.virtual_world import World, on_virtual_time
 from tests.server.wire_client import SHAPES, update_of
@@ -57,3 +59,17 @@ async def test_a_record_that_the_store_cannot_hold_is_refused_alone(world: World
     assert isinstance(done[0], ValueError)
     assert done[1] is None
     assert [metric["metric_id"] for metric in await world.store.find(Collection.METRICS, Query())] == ["good"]
+
+
+@on_virtual_time
+async def test_the_feed_holds_a_bounded_number_of_a_clients_metrics(world: World) -> None:
+    metrics = {"loss": 0.5, "nan": math.nan, "inf": math.inf, "huge": 10**400, "predictions": [1] * 9, "text": "x"}
+    data = json.dumps(metrics | {"k" * 300: 1, "right": True} | {f"m{number}": number for number in range(1000)})
+    session = await world.session()
+    report = pb.ModelValidation(model_id="seed", data=data, correlation_id=f"{session}/1/1/validate/a")
+    await world.servicer.SendModelValidation(report, context("a"))
+    shown = (await world.event("validation", client_id="a")).data["metrics"]
+    assert dict(list(shown.items())[:3]) == {"loss": 0.5, "right": True, "m0": 0}
+    assert len(shown) == METRICS_SHOWN
+    [stored] = await world.store.find(Collection.VALIDATIONS, Query())
+    assert stored["data"] == data

@@ -19,6 +19,7 @@ from fl_server.core.model import GlobalModel, ModelId, SessionConfig, SessionRec
 from fl_server.errors import Unavailable
 from fl_server.scheduler import records
 from fl_server.scheduler.aggregation import Workshop
+from fl_server.scheduler.copies import Copies
 from fl_server.scheduler.feed import FeedEvent
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.scheduler import Scheduler
@@ -180,22 +181,23 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world(folder: Path) -> AsyncIterator[World]:
+async def world(folder: Path, *, site: bool = False) -> AsyncIterator[World]:
+    """site: accepted updates are copied, as durability = "site" does."""
     unused = ThreadPoolExecutor(1)  # the loop does what goes there itself
     made = World()
     made.store = AwayStore(folder / "state.db", unused)
     models, updates = FileBlobStore(folder / "models", unused), FileBlobStore(folder / "updates", unused)
     spool = Spool(folder / "spool", unused, max_bytes=10**9)
     work = folder / "work"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     await made.store.open("a test")
     for opened in (models, updates, spool):
         await opened.open()
     await models.put(SEED, codec.encode(filled(0)))
-    seed = records.model_document(GlobalModel(ModelId(SEED)), name=None, session_id=None, at=0.0)
+    seed = records.model_document(GlobalModel(ModelId(SEED)), helper=codec.NUMPY, name=None, session_id=None, at=0.0)
     await made.store.append(Collection.MODELS, [seed])
     loop = asyncio.get_running_loop()
-    workshop = Workshop(models, spool, unused, work, 10**9)
+    workshop = Workshop(models, spool, unused, work, 10**9, Copies(updates, spool) if site else None)
     made.scheduler = Scheduler(made.store, workshop, updates, lambda: loop.time() + made.clock_is_off_s)
     try:
         async with made.scheduler.running(), asyncio.TaskGroup() as made.group:

@@ -54,10 +54,10 @@ def update_of(
 
 
 class WireClient:
-    def __init__(self, port: int, client_id: str, *, name: str = "") -> None:
+    def __init__(self, port: int, client_id: str, *, name: str = "", host: str = "127.0.0.1") -> None:
         self.id, self.name = client_id, name or client_id
         options = [("grpc.use_local_subchannel_pool", 1)]
-        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
+        self._channel = grpc.aio.insecure_channel(f"{host}:{port}", options)
         self._metadata: tuple[tuple[str, str], ...] = (("client", self.name), ("grpc-server", "127.0.0.1"))
         self._stubs = {
             service: getattr(stubs, f"{service}Stub")(self._channel) for service in pb.DESCRIPTOR.services_by_name

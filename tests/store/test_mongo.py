@@ -171,6 +171,13 @@ async def test_the_order_of_insertion_survives_a_clock_that_was_set_back(
 # ---- indexes
 
 
+async def test_fedns_own_predictions_without_our_id_are_no_obstacle(mongo_url: str, database: Any) -> None:
+    await database["control.predictions"].insert_many([{"prediction_id": "p"}, {"prediction_id": "q"}])
+    async with kept(MongoStateStore(mongo_url, DATABASE)) as store:
+        await store.append(Collection.PREDICTIONS, [{"record_id": "r", "prediction_id": "p"}] * 2)
+        assert await store.count(Collection.PREDICTIONS) == 3
+
+
 async def test_no_list_and_no_query_of_the_server_scans_a_collection(store: MongoStateStore, database: Any) -> None:
     newest = (("committed_at", True),)
     for collection, fields in INDEXED.items():

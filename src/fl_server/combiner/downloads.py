@@ -65,7 +65,8 @@ class Downloads:
             path = await self._scheduler.insist(self._scheduler.models.local, model_id)
             messages = await loop.run_in_executor(self._disk, _read_messages, path, model_id)
         except BaseException:
-            del self._kept[model_id]
+            if (kept := self._kept.get(model_id)) and kept[0] is loaded:  # else others have taken its place
+                del self._kept[model_id]
             loaded.set_exception(_LoaderLeft())
             loaded.exception()  # there may be nobody who waits for it
             raise

@@ -55,6 +55,7 @@ from fl_server.core.model import (
 from fl_server.core.round import Round
 from fl_server.core.selection import choose_cohort
 
+GONE_KEPT = 1000  # clients that left, for explain; each start of a client may bring a new id
 
 @dataclass(slots=True)
 class Validation:
@@ -252,9 +253,10 @@ def _receive(session: Session, event: UpdateReceived) -> list[Effect]:
 
 def _attach(session: Session, client: ClientId, at: float) -> list[Effect]:
     """A client gets what it has still to do: again, if it had it before."""
-    if not _admits(session, client):
-        return []
+    if session.record.status is not Status.RUNNING or not _admits(session, client):
+        return []  # a start says who is attached then
     session.attached[client] = at
+    session.last_seen.pop(client, None)
     session.awaited.discard(client)
     effects: list[Effect] = []
     if session.validation and client not in session.validation.reported:
@@ -267,6 +269,8 @@ def _attach(session: Session, client: ClientId, at: float) -> list[Effect]:
 def _detach(session: Session, client: ClientId, at: float) -> list[Effect]:
     if session.attached.pop(client, None) is not None:
         session.last_seen[client] = at
+        if len(session.last_seen) > GONE_KEPT:
+            del session.last_seen[next(iter(session.last_seen))]  # the oldest: who attached again is not in it
         if session.validation:
             session.validation.open.discard(client)
     return []
@@ -351,6 +355,9 @@ def _end(session: Session, status: Status, reason: str) -> list[Effect]:
     if session.round:
         effects += [*rounds.enter(session.round, Phase.FAILED, reason=reason), _discard(session.round)]
     session.round = session.validation = None
+    session.attached.clear()
+    session.last_seen.clear()
+    session.awaited.clear()
     return effects
 
 

@@ -50,7 +50,8 @@ def create_app(
     """advertise: where clients reach the combiner. gate: None lets everybody in. url_prefix: "" or "/internal"."""
     app = FastAPI(
         title="flserve",
-        description="The REST API of FEDn 0.33, and what flserve adds to it.",
+        description="The REST API of FEDn 0.33, and what flserve adds to it. When authentication is on, "
+        "each call needs a header `Authorization: Bearer <token>`, but for /health and /ready.",
         version=version("flserve"),
         redirect_slashes=False,
         redoc_url=None,
@@ -85,7 +86,12 @@ def _standing(scheduler: Scheduler) -> APIRouter:
     router = APIRouter(tags=["server"], route_class=BoundedRoute)
 
     @router.head("/health", include_in_schema=False)
-    @router.get("/health", response_class=PlainTextResponse, operation_id="health")
+    @router.get(
+        "/health",
+        response_class=Response,
+        operation_id="health",
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def health() -> Response:
         """The process is alive."""
         return PlainTextResponse("OK")

@@ -44,7 +44,7 @@ ZIP_BYTES = 1 << 20  # what an npz of the largest model may need besides its arr
 
 _FILE = "real, finite arrays: an npz, a safetensors file, or (binaryhelper) one flat array of float64, little-endian"
 _HELPER = "the file's format; absent: what its first bytes say, else the active helper's"
-TrailLimit = Annotated[int | None, Header(alias="X-Limit", description=f"models at most; {TRAIL_LENGTH} if absent")]
+TrailLimit = Annotated[int, Header(alias="X-Limit", description=f"models at most; 0 or absent: {TRAIL_LENGTH}")]
 _FORM = {
     "requestBody": {
         "required": True,
@@ -146,7 +146,7 @@ def routes(scheduler: Scheduler, packages: Packages, desk: Desk) -> APIRouter:
     async def ancestors(
         id: str,
         include_self: Annotated[bool, Query()] = False,
-        x_limit: TrailLimit = None,
+        x_limit: TrailLimit = 0,
         x_reverse: Annotated[str | None, Header(description="true: the oldest first")] = None,
     ) -> Response:
         """The newest first; the model itself does not count towards the limit."""
@@ -164,7 +164,7 @@ def routes(scheduler: Scheduler, packages: Packages, desk: Desk) -> APIRouter:
         return JSONResponse([MODELS.answer(model) for model in trail])
 
     @router.get("/{id}/descendants", response_model=list[ModelObject], operation_id="list_model_descendants")
-    async def descendants(id: str, x_limit: TrailLimit = None) -> Response:
+    async def descendants(id: str, x_limit: TrailLimit = 0) -> Response:
         """The newest first. Where several models came from one, the newest of them is followed."""
 
         async def child(document: Document) -> Document | None:
@@ -223,9 +223,9 @@ def known_helper(helper: str) -> str:
 
 
 async def _trail(
-    document: Document, following: Callable[[Document], Awaitable[Document | None]], limit: int | None
+    document: Document, following: Callable[[Document], Awaitable[Document | None]], limit: int
 ) -> list[Document]:
-    most = min(limit, MAX_PAGE) if limit and limit > 0 else TRAIL_LENGTH
+    most = min(limit, MAX_PAGE) if limit > 0 else TRAIL_LENGTH
     trail: list[Document] = []
     seen = {document["model"]}
     step = await following(document)

@@ -145,16 +145,16 @@ class Paging:
 
 async def paging(
     x_limit: Annotated[
-        int | None, Header(description=f"rows at most; 0 or absent: all, but never more than {MAX_PAGE}")
-    ] = None,
-    x_skip: Annotated[int | None, Header(description="rows passed over")] = None,
+        int, Header(description=f"rows at most; 0 or absent: all, but never more than {MAX_PAGE}")
+    ] = 0,  # not nullable: generated SDKs cannot write such a header
+    x_skip: Annotated[int, Header(description="rows passed over")] = 0,
     x_sort_key: Annotated[str | None, Header(description="a field's name; committed_at if absent")] = None,
     x_sort_order: Annotated[str | None, Header(description="asc; anything else is descending")] = None,
 ) -> Paging:
     """FEDn's headers. Absent: the newest first."""
     return Paging(
-        limit=min(x_limit if x_limit and x_limit > 0 else MAX_PAGE, MAX_PAGE),
-        skip=min(max(x_skip or 0, 0), 2**62),
+        limit=min(x_limit if x_limit > 0 else MAX_PAGE, MAX_PAGE),
+        skip=min(max(x_skip, 0), 2**62),
         sort_key=x_sort_key or "committed_at",
         descending=(x_sort_order or "").lower() != "asc",
     )

@@ -458,7 +458,7 @@ class ValidationObject(Stored):
 
 
 class PredictionObject(Stored):
-    prediction_id: str = Field(description="of the run: the predictions of all its clients have it")
+    prediction_id: str | None = Field(None, description="of the run: the predictions of all its clients have it")
     model_id: str | None = None
     data: str | None = Field(None, description="the prediction, as JSON text")
     correlation_id: str | None = None
@@ -466,7 +466,7 @@ class PredictionObject(Stored):
     meta: str | None = None
     sender: Actor | None = None
     receiver: Actor | None = None
-    record_id: str = Field(description="of this one alone")
+    record_id: str | None = Field(None, description="of this one alone")
 
 
 class MetricObject(Stored):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,6 +23,7 @@ from fl_server.core.aggregate import Abandoned, Parameters, WeightedMean, blocks
 from fl_server.core.events import Aggregate, Aggregated, Broken, Discard, EffectFailed, Event, Fold, UpdateLost
 from fl_server.core.model import GlobalModel, ModelId, Report, SessionConfig, SessionId
 from fl_server.errors import Missing, Unavailable
+from fl_server.scheduler.copies import Copies
 from fl_server.store.ports import BlobStore
 from fl_server.store.spool import Spool
 
@@ -37,6 +37,10 @@ class Insist(Protocol):
     """Does it again for as long as its store is away."""
 
     async def __call__(self, work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+
+class _ModelGone(Exception):
+    pass
 
 
 class LostUpdate(Exception):
@@ -54,6 +58,7 @@ class Workshop:
     kernel: Executor
     folder: Path
     max_model_bytes: int
+    copies: Copies | None = None  # of accepted updates, elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,8 @@ class Aggregation:
     ) -> None:
         self._session, self._config, self._workshop = session, config, workshop
         self._insist, self._tell = insist, tell
-        self._work: asyncio.Queue[Fold | Aggregate] = (
-            asyncio.Queue()
-        )  # unbounded: at most one Fold a client of a cohort
+        # unbounded: at most one Fold a client of a cohort
+        self._work: asyncio.Queue[Fold | Aggregate | Discard] = asyncio.Queue()
         self._over = (0, 0)  # attempts up to this one are abandoned
         self._stopping = False
         self._restart()
@@ -88,6 +92,7 @@ class Aggregation:
 
     def abandon(self, ended: Discard) -> None:
         self._over = (ended.round, ended.attempt)
+        self._work.put_nowait(ended)
 
     def stop(self) -> None:
         """The kernel thread leaves at its next block; recovery does the work again."""
@@ -103,19 +108,32 @@ class Aggregation:
                 case Aggregate() as job:
                     if event := await self._aggregate(job):
                         await self._tell(event)
+                case Discard():
+                    self._restart()  # or an ended session would hold a sum, a model in float64, for ever
 
     async def _aggregate(self, job: Aggregate) -> Event | None:
-        loop, work, config = asyncio.get_running_loop(), self._workshop, self._config()
+        work, config, fetched = self._workshop, self._config(), set[str]()
+
+        async def make() -> Made:
+            """Asks for the paths each time: a cache may have dropped the files before they were opened."""
+            try:
+                base, state = await work.models.local(job.base.id), None
+                if job.base.optimizer_state and job.base.round:
+                    state = await work.models.local(job.base.optimizer_state)
+            except Missing as gone:
+                raise _ModelGone(f"the global model is gone: {gone}") from gone
+            loop = asyncio.get_running_loop()
+            while True:
+                try:
+                    return await loop.run_in_executor(work.kernel, self._make, job, config, base, state)
+                except LostUpdate as lost:
+                    blob = lost.report.update.blob
+                    if work.copies is None or blob in fetched or not await work.copies.fetch(lost.report):
+                        raise
+                    fetched.add(blob)
+
         try:
-            base = await self._insist(work.models.local, job.base.id)
-            state = None
-            if job.base.optimizer_state and job.base.round:
-                state = await self._insist(work.models.local, job.base.optimizer_state)
-        except Missing as gone:
-            return Broken(f"the global model is gone: {gone}")
-        try:
-            make = functools.partial(self._make, job, config, base, state)
-            made = await self._insist(loop.run_in_executor, work.kernel, make)
+            made = await self._insist(make)
             name = f"{self._session}/{job.round}/{job.attempt}/{made.sha256}"
             model_id = ModelId(str(uuid.uuid5(_NAMESPACE, name)))
             moments_key = ""
@@ -123,6 +141,8 @@ class Aggregation:
                 moments_key = f"{model_id}.moments"
                 await self._insist(work.models.put_file, moments_key, moments)
             await self._insist(work.models.put_file, model_id, made.model)
+        except _ModelGone as gone:
+            return Broken(str(gone))
         except LostUpdate as lost:
             return UpdateLost(lost.report.task, lost.report.update.update_id, str(lost))
         except Abandoned:

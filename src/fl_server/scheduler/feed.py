@@ -19,7 +19,7 @@ KEPT = 4096  # for those who come again with the number of the last event that t
 @dataclass(frozen=True, slots=True)
 class FeedEvent:
     id: int
-    kind: str  # session, round, update, model, validation, client
+    kind: str  # session, round, update, model, validation, prediction, client
     at: float  # seconds since the epoch
     data: Mapping[str, Any]
 

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import hashlib
 import itertools
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 from fl_client.wire import codec
 from fl_server.core.model import ModelId, ModelUpdate, SessionRecord, Task, UpdateId
-from fl_server.errors import Missing
+from fl_server.errors import Missing, Unavailable
 from fl_server.scheduler.calls import Reply
 from fl_server.scheduler.scheduler import Scheduler
 from fl_server.store.spool import is_replaced
@@ -63,6 +64,8 @@ class Intake:
             return await self._submit(task, announced, "", fault, patience_s)
         with spool.held(blob):
             fault = examples_fault(announced.num_examples) or await self._check(blob, wanted, announced, patience_s)
+            if fault is None:
+                fault = await self._copy(task, blob, patience_s)
             return await self._submit(task, announced, blob, fault, patience_s)
 
     async def _submit(self, task: Task, announced: Announced, blob: str, fault: str | None, patience_s: float) -> Reply:
@@ -70,6 +73,20 @@ class Intake:
         update = ModelUpdate(announced.update_id, blob, float(announced.num_examples) if valid else 0.0)
         async with asyncio.timeout(patience_s):
             return await self._scheduler.update(task, update, fault)
+
+    async def _copy(self, task: Task, blob: str, patience_s: float) -> str | None:
+        """Only what follows a failure is cut off: a copy takes what it takes, as the check does."""
+        if (copies := self._work.copies) is None:
+            return None
+        try:
+            try:
+                await copies.add(task, blob)
+            except Unavailable:
+                async with asyncio.timeout(patience_s):
+                    await self._scheduler.insist(copies.add, task, blob)
+        except Missing as gone:
+            return str(gone)
+        return None
 
     async def _check(self, blob: str, wanted: SessionRecord, announced: Announced, patience_s: float) -> str | None:
         loop, spool = asyncio.get_running_loop(), self._work.spool
@@ -88,7 +105,12 @@ class Intake:
             left.set()
             raise
         if fault is None and await loop.run_in_executor(self._work.kernel, stored.exists):
-            await spool.replace(blob, stored)
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._scheduler.insist(spool.replace, blob, stored)
+            except BaseException:
+                await loop.run_in_executor(self._work.kernel, functools.partial(stored.unlink, missing_ok=True))
+                raise
         return fault
 
     def _fault(
@@ -102,19 +124,22 @@ class Intake:
     ) -> str | None:
         """left: nobody waits for the result any more, and `stored` is litter."""
         try:
-            if not is_replaced(path):  # else it is no longer what the client sent, and was compared before
-                size_bytes = path.stat().st_size
-                if announced.size_bytes and announced.size_bytes != size_bytes:
-                    return f"{size_bytes} bytes were uploaded, {announced.size_bytes} announced"
-                if announced.sha256:
-                    with path.open("rb") as file:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                # what another call has replaced is no longer what the client sent, and was compared before
+                if not is_replaced(status):
+                    if announced.size_bytes and announced.size_bytes != status.st_size:
+                        return f"{status.st_size} bytes were uploaded, {announced.size_bytes} announced"
+                    if announced.sha256:
                         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                    if sha256 != announced.sha256:
-                        return f"sha256 {sha256}, {announced.sha256} announced"
+                        if sha256 != announced.sha256:
+                            return f"sha256 {sha256}, {announced.sha256} announced"
             limit = self._work.max_model_bytes
             return codec.check_update(path, layout, helper=helper, max_bytes=limit, stored_copy=stored)
         except FileNotFoundError:
             return f"upload {path.name} is gone"
+        except OSError as away:
+            raise Unavailable(f"check {path.name}: {away}") from away
         finally:
             if left.is_set():
                 stored.unlink(missing_ok=True)

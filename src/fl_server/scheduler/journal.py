@@ -50,12 +50,12 @@ class Journal:
     async def note(self, collection: Collection, document: Document, patch: Patch | None = None) -> None:
         await self._queue.put(Entry(collection, document, patch))
 
-    def offer(self, collection: Collection, document: Document) -> None:
+    def offer(self, collection: Collection, document: Document, patch: Patch | None = None) -> None:
         """As note(), for what may be lost: when the queue is full (the store has been away for long) it is dropped."""
         if self._queue.full():
             self.dropped += 1
         else:
-            self._queue.put_nowait(Entry(collection, document))
+            self._queue.put_nowait(Entry(collection, document, patch))
 
     async def finish(self) -> None:
         """Lets run() end when all that was queued before is written."""

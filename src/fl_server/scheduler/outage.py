@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -27,6 +28,7 @@ class Outages:
         self._last_failure = 0.0
         self._began = asyncio.Event()
         self._past_s = 0.0
+        self._calm_since = -math.inf
 
     def now(self) -> float:
         """Seconds since the epoch; during an outage, those at which it began: deadlines do not pass then."""
@@ -40,6 +42,11 @@ class Outages:
     def past_s(self) -> float:
         """How long all outages that have ended were, together."""
         return self._past_s
+
+    @property
+    def calm_s(self) -> float:
+        """For how long no store has been away, as far as this process knows."""
+        return 0.0 if self.away else self._clock() - self._calm_since
 
     def reason(self) -> str | None:
         if self._since is None:
@@ -63,15 +70,16 @@ class Outages:
             while not await self._is_over(probes):
                 await asyncio.sleep(self._retry_s)
             assert self._since is not None
-            away_s = self._clock() - self._since
+            away_s = max(0.0, self._clock() - self._since)  # it may have been set back
             self._past_s += away_s
-            self._since = None
+            self._since, self._calm_since = None, self._clock()
             self._began.clear()
             logger.warning("store back", extra={"away_s": round(away_s, 1)})
             returned()
 
     async def _is_over(self, probes: Sequence[Probe]) -> bool:
-        if self._clock() - self._last_failure < 2 * self._retry_s:  # whoever failed then may be about to try again
+        # whoever failed then may be about to try again; the clock may have been set back since
+        if 0 <= self._clock() - self._last_failure < 2 * self._retry_s:
             return False
         try:
             for probe in probes:

@@ -1,4 +1,4 @@
-"""Prediction runs: whoever is attached is asked to predict with one model, and so is who attaches while the run is open.
+"""Prediction runs: who is attached, or attaches while the run is open, is asked to predict with one model.
 
 A run is durable before it is answered: a document among the predictions with `fl.run`, which lists leave out. Who has
 still to report is soft: it follows from that, from the clients' records and from the stored predictions. One task

@@ -158,11 +158,17 @@ def round_put(record: RoundRecord, facts: RoundFacts, config: SessionConfig, bas
     return Put(Collection.ROUNDS, document)
 
 
+def round_end(round_id: str, reason: str, at: float) -> Patch:
+    """Of an attempt that failed, by the session's record, whose own record was not written any more."""
+    failed = {"status": WIRE_PHASE[Phase.FAILED], "fl.record.phase": Phase.FAILED}
+    return Patch(Collection.ROUNDS, round_id, {**failed, "status_reason": reason, "updated_at": at})
+
+
 def model_writes(record: SessionRecord, facts: RoundFacts, at: float) -> list[Put | Patch]:
     """The current model's own document and its round's end, made from the session's record and the round's document."""
     model, config = record.model, record.config
     name = f"{config.model_name_prefix}_{model.round}" if config.model_name_prefix else None
-    document = model_document(model, name=name, session_id=record.id, at=at)
+    document = model_document(model, helper=config.helper, name=name, session_id=record.id, at=at)
     ended = {
         "status": WIRE_PHASE[Phase.COMPLETED],
         "fl.record.phase": Phase.COMPLETED,
@@ -205,9 +211,7 @@ def _combiner_of_round(record: SessionRecord, facts: RoundFacts, at: float) -> D
     }
 
 
-def model_document(
-    model: GlobalModel, *, name: str | None, session_id: str | None, at: float, helper: str = "numpyhelper"
-) -> Document:
+def model_document(model: GlobalModel, *, helper: str, name: str | None, session_id: str | None, at: float) -> Document:
     """helper: the format of its bytes."""
     fl = {"version": 1, "round": model.round, "attempt": model.attempt, "sha256": model.sha256, "helper": helper}
     return {

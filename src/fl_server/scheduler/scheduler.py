@@ -11,8 +11,9 @@ import itertools
 import logging
 import random
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from fl_server.core.model import (
     ModelId,
     ModelUpdate,
     Outcome,
+    Phase,
     SessionConfig,
     SessionId,
     SessionRecord,
@@ -52,6 +54,7 @@ from fl_server.errors import Conflict, Invalid, NotFound, Unavailable
 from fl_server.scheduler import records
 from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.calls import Calls, Reply
+from fl_server.scheduler.copies import session_and_blob
 from fl_server.scheduler.feed import Feed
 from fl_server.scheduler.journal import Journal
 from fl_server.scheduler.outage import Outages
@@ -62,6 +65,8 @@ from fl_server.store.ports import BlobStore, Collection, Condition, Document, Pa
 
 logger = logging.getLogger(__name__)
 SWEPT_AT_ONCE = 2000
+METRICS_SHOWN = 100  # of one validation
+LARGEST = 1e308  # of them; so written, NaN and the infinities are none
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,7 @@ class Scheduler:
             rejoin_window_s=self._patience.rejoin_window_s,
         )
         self._sessions: dict[SessionId, SessionTask] = {}
+        self._arriving: Counter[ClientId] = Counter()  # their presence is being recorded
         self._tasks: asyncio.TaskGroup
         self._round_ids = itertools.count(1)
         self._not_running: str | None = "starting"
@@ -160,6 +166,7 @@ class Scheduler:
                 await task.inbox.put(Recovered(expected, await task.lost()))
             logger.info("session recovered", extra={"session": session_id, "expected": len(expected)})
         await self._end_runs()
+        await self._end_rounds()
         await self.predictions.recover(expected)
         return [
             ("forget absent", self._forget_absent(expected)),
@@ -179,6 +186,19 @@ class Scheduler:
             if session and records.session_facts(session).run_id != run["run_id"]:
                 record = records.session_record(session)
                 await self.write([records.run_end(record, run["run_id"], session["updated_at"])])
+
+    async def _end_rounds(self) -> None:
+        """Likewise of attempts that were given up."""
+        for round in await self._find(Collection.ROUNDS, Condition("status", "eq", records.WIRE_PHASE[Phase.TRAINING])):
+            session = await self.insist(self.store.get, Collection.SESSIONS, round["fl"]["session"])
+            if session is None:
+                continue
+            record = records.session_record(session)
+            under_way = {(record.model.round, record.model.attempt)}  # its end comes with its model's record
+            if record.status is Status.RUNNING:
+                under_way.add((record.model.round + 1, record.attempt))
+            if (round["fl"]["number"], round["fl"]["attempt"]) not in under_way:
+                await self.write([records.round_end(round["round_id"], record.reason, self.clock())])
 
     def unready(self) -> str | None:
         """Why not to send work here now; None when ready."""
@@ -284,8 +304,9 @@ class Scheduler:
     async def validated(self, task: Task, metrics: Mapping[str, Any] | None) -> None:
         """A validation of this task is durable, or (None) its client could not do it."""
         if metrics is not None:  # before the session can end with it
+            shown = _numbers(metrics)
             self.feed.tell(
-                "validation", session_id=task.session, round=task.round, client_id=task.client, metrics=metrics
+                "validation", session_id=task.session, round=task.round, client_id=task.client, metrics=shown
             )
         if owner := self._sessions.get(task.session):
             await owner.inbox.put(ValidationReported(task))
@@ -332,14 +353,13 @@ class Scheduler:
         at = self.clock()
         presence = {"status": "online", "last_seen": at, "updated_at": at, "combiner": records.COMBINER_NAME}
         document = {**_new_client(client, name, at), **presence}
-        self._arriving[client] += 1
         try:
-            await self.journal.record(Collection.CLIENTS, document, Patch(Collection.CLIENTS, client, presence))
-        except asyncio.CancelledError:  # the caller left: it may be written all the same
-            self._arriving[client] -= 1
-            self._note_absence([client])
+            with self._on_its_way(client):
+                await self.journal.record(Collection.CLIENTS, document, Patch(Collection.CLIENTS, client, presence))
+        except asyncio.CancelledError:  # the caller left: the record may be written all the same
+            if not self._is_here(client):
+                self.journal.offer(*_absence(client, self.clock()))
             raise
-        self._arriving[client] -= 1
         mailbox = self.streams.open(client, peer)
         self.predictions.attached(client)  # no await in between: a run that begins then would ask it twice
         try:
@@ -354,9 +374,29 @@ class Scheduler:
         client = mailbox.client
         if not self.streams.close(mailbox) or self._not_running:
             return
-        for session in list(self._sessions.values()):
-            await session.inbox.put(ClientDetached(client))
+        await self._tell_sessions(client)
         await self._note_absence([client])
+
+    async def _tell_sessions(self, client: ClientId) -> None:
+        """Whether it is here. Who waits for a full inbox may be overtaken: then what it said is put right."""
+        for session in list(self._sessions.values()):
+            said: bool | None = None
+            while said != (here := client in self.streams.attached()):
+                said = here
+                await session.inbox.put(ClientAttached(client) if here else ClientDetached(client))
+
+    def _is_here(self, client: ClientId) -> bool:
+        return client in self.streams.attached() or client in self._arriving
+
+    @contextmanager
+    def _on_its_way(self, client: ClientId) -> Iterator[None]:
+        self._arriving[client] += 1
+        try:
+            yield
+        finally:
+            self._arriving[client] -= 1
+            if not self._arriving[client]:
+                del self._arriving[client]
 
     async def add_client(self, client: ClientId, *, name: str, ip: str, package: str, preferred: str | None) -> None:
         """Assigned over REST; its stream comes next."""
@@ -380,17 +420,17 @@ class Scheduler:
         return ClientId(found[0]["client_id"]) if len(found) == 1 else None
 
     async def _note_absence(self, clients: Sequence[ClientId]) -> None:
-        at = self.clock()
         for client in clients:
-            gone = {"status": "offline", "last_seen": at, "updated_at": at}
-            document = {**_new_client(client, client, at), **gone}
-            await self.journal.note(Collection.CLIENTS, document, Patch(Collection.CLIENTS, client, gone))
+            if client in self.streams.attached():
+                continue
             self.feed.tell("client", client_id=client, status="offline")
+            if not self._is_here(client):  # else the record of its coming is queued already
+                await self.journal.note(*_absence(client, self.clock()))
 
     async def _forget_absent(self, expected: Sequence[ClientId]) -> None:
         """Those that do not come back after a restart are offline; until then they are expected."""
         await asyncio.sleep(self._patience.rejoin_window_s)
-        await self._note_absence([client for client in expected if client not in self.streams.attached()])
+        await self._note_absence(expected)
 
     # ---- models and other documents
 
@@ -522,9 +562,12 @@ class Scheduler:
             await self.insist(spool.remove, old)
             litter = await self._litter()
             await self.insist(self.models.delete, litter)
+            copies = await self._old_copies(counted)
+            await self.insist(self.updates.delete, copies)
             stale = await self._forget_telemetry()
-            if old or litter or stale:
-                logger.info("swept", extra={"uploads": len(old), "blobs": len(litter), "telemetry": stale})
+            if old or litter or copies or stale:
+                told = {"uploads": len(old), "blobs": len(litter), "copies": len(copies), "telemetry": stale}
+                logger.info("swept", extra=told)
 
     async def _forget_telemetry(self) -> int:
         """In pieces, between which others reach the store."""
@@ -534,6 +577,23 @@ class Scheduler:
             last = await self.insist(self.store.delete_where, Collection.TELEMETRY, where, SWEPT_AT_ONCE)
             gone += last
         return gone
+
+    async def _old_copies(self, counted: set[str]) -> list[str]:
+        """Of updates that did not count, or whose round's end a crash came upon; not what a session wants kept."""
+        oldest, kept = self.clock() - self._patience.litter_ttl_s, dict[str, bool]()
+        litter = []
+        for key, put_at in await self.insist(self.updates.keys):
+            named = session_and_blob(key)
+            if put_at >= oldest or named is None or named[1] in counted:
+                continue
+            session_id = named[0]
+            if session_id not in kept:
+                document = await self.insist(self.store.get, Collection.SESSIONS, session_id)
+                config = records.session_record(document).config if document else None
+                kept[session_id] = config is not None and not config.delete_models_storage
+            if not kept[session_id]:
+                litter.append(key)
+        return litter if self.outages.calm_s >= self._patience.litter_ttl_s else []
 
     async def _litter(self) -> list[str]:
         oldest = self.clock() - self._patience.litter_ttl_s
@@ -550,9 +610,21 @@ class Scheduler:
         return litter if self.outages.calm_s >= self._patience.litter_ttl_s else []
 
 
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What the feed holds of a client's metrics: it keeps thousands of them in memory, and is read as JSON."""
+    numbers = ((key, value) for key, value in metrics.items() if isinstance(value, int | float))
+    shown = ((key, value) for key, value in numbers if len(key) <= 200 and -LARGEST <= value <= LARGEST)
+    return dict(itertools.islice(shown, METRICS_SHOWN))
+
+
 def _check_helper(config: SessionConfig, model: Document) -> None:
     if config.helper != (helper := records.helper_of(model)):
         raise Invalid(f"helper_type: {config.helper!r}, but model {model['model']} is in the format of {helper}")
+
+
+def _absence(client: ClientId, at: float) -> tuple[Collection, Document, Patch]:
+    gone = {"status": "offline", "last_seen": at, "updated_at": at}
+    return Collection.CLIENTS, {**_new_client(client, client, at), **gone}, Patch(Collection.CLIENTS, client, gone)
 
 
 def _new_client(client: ClientId, name: str, at: float) -> Document:

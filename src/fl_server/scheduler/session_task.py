@@ -40,6 +40,7 @@ from fl_server.errors import Unavailable
 from fl_server.scheduler import records
 from fl_server.scheduler.aggregation import Aggregation, Insist, Workshop
 from fl_server.scheduler.calls import Calls, Reply
+from fl_server.scheduler.copies import key_of
 from fl_server.scheduler.feed import Feed
 from fl_server.scheduler.outage import Outages
 from fl_server.scheduler.streams import Assignment, ClientStreams
@@ -79,6 +80,7 @@ class SessionTask:
         self._rounds = rounds
         self.inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_SIZE)
         self._ended: asyncio.Queue[Discard] = asyncio.Queue()  # unbounded: one an attempt
+        self._leaving: set[str] = set()  # the blobs of these
         self._alarm: float | None = None
         self._waited_s = 0.0  # for the last save
         self._outages_s = around.outages.past_s  # those that the session has heard of
@@ -120,9 +122,9 @@ class SessionTask:
         return None
 
     def blobs(self) -> set[str]:
-        """The spooled updates that the running round counts on."""
+        """The spooled updates that the running round counts on, or that are to be kept elsewhere first."""
         reports = self._session.round.reports.values() if self._session.round else ()
-        return {report.update.blob for report in reports if report}
+        return self._leaving | {report.update.blob for report in reports if report}
 
     async def lost(self) -> tuple[UpdateLost, ...]:
         """The running round's accepted updates whose bytes did not survive."""
@@ -130,10 +132,11 @@ class SessionTask:
         reports = [report for report in (round.reports.values() if round else ()) if report and report.counts]
         spool = self._around.workshop.spool
         gone = await self._around.insist(spool.missing, [report.update.blob for report in reports])
+        lost = [report for report in reports if report.update.blob in gone]
+        if copies := self._around.workshop.copies:
+            lost = [report for report in lost if not await self._around.insist(copies.fetch, report)]
         why = "not in the spool after a restart"
-        return tuple(
-            UpdateLost(report.task, report.update.update_id, why) for report in reports if report.update.blob in gone
-        )
+        return tuple(UpdateLost(report.task, report.update.update_id, why) for report in lost)
 
     # ---- the one writer
 
@@ -214,6 +217,7 @@ class SessionTask:
                     self._aggregation.order(effect)
                 case Discard():
                     self._aggregation.abandon(effect)
+                    self._leaving.update(effect.blobs)
                     self._ended.put_nowait(effect)
 
     async def _clear(self) -> None:
@@ -225,9 +229,11 @@ class SessionTask:
             record = self._session.record
             if not record.config.delete_models_storage:
                 for blob in filter(None, ended.blobs):
-                    key = f"{record.id}-{ended.round}-{ended.attempt}-{blob}"
-                    await around.insist(self._keep, key, blob)
+                    await around.insist(self._keep, key_of(record.id, ended.round, ended.attempt, blob), blob)
+            elif copies := around.workshop.copies:
+                await around.insist(copies.delete, record.id, ended.round, ended.attempt, ended.blobs)
             await around.insist(spool.remove, ended.blobs)
+            self._leaving.difference_update(ended.blobs)
 
     async def _keep(self, key: str, blob: str) -> None:
         spool = self._around.workshop.spool
@@ -261,7 +267,7 @@ class SessionTask:
                 round = self._rounds[report.task.round, report.task.attempt]
                 return [records.report_put(report, round.round_id)]
             case SaveModel(record):
-                round = self._rounds[record.model.round, record.model.attempt]
+                round = self._round(record.model.round, record.model.attempt, at)
                 return [*records.model_writes(record, round, at)]
 
     def _run_writes(self, record: SessionRecord, at: float) -> list[Write]:

@@ -12,12 +12,13 @@ import hashlib
 import itertools
 import os
 import re
+import shutil
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -146,6 +147,34 @@ class Spool:
             placing.add_done_callback(count)
             raise
         count(placing)
+
+    @asynccontextmanager
+    async def linked(self, name: str) -> AsyncIterator[Path]:
+        """The file under a second name, which may be moved away, until the block is left. Raises Missing."""
+        path, link = self.path(name), self._folder / f"{name}.{next(self._parts)}{PART}"
+
+        def work() -> None:
+            try:
+                os.link(path, link)
+            except FileNotFoundError:
+                raise Missing(f"there is no upload {name} in the spool") from None
+            except OSError:  # not every file system has links
+                shutil.copyfile(path, link)
+
+        try:
+            await self._run(f"link {name}", work)
+            yield link
+        finally:
+            await self._run(f"link {name}", lambda: link.unlink(missing_ok=True))
+
+    async def restore(self, name: str, path: Path) -> None:
+        """A copy of the file at `path` takes the place of a lost upload. As replace(), it is never refused."""
+        part = self._folder / f"{name}.{next(self._parts)}{PART}"
+        try:
+            await self._run(f"restore {name}", lambda: shutil.copyfile(path, part))
+            await self.replace(name, part)
+        finally:
+            await self._run(f"restore {name}", lambda: part.unlink(missing_ok=True))
 
     async def missing(self, names: Iterable[str]) -> set[str]:
         """Those whose bytes are not on the disk; no name, no bytes."""
@@ -314,9 +343,9 @@ class Upload:
         await self._spool._run(doing, on_thread)
 
 
-def is_replaced(path: Path) -> bool:
-    """Whether replace() has put this file of a spool there. Blocking. Raises FileNotFoundError."""
-    return not path.stat().st_mode & stat.S_IWUSR
+def is_replaced(status: os.stat_result) -> bool:
+    """Of a file in a spool: whether replace() has put it there."""
+    return not status.st_mode & stat.S_IWUSR
 
 
 def _stem(client: str, upload: str) -> str:

@@ -1,0 +1,59 @@
+"""Peak memory of the server against the model's size and the number of clients: FEDn's wire, FedAvg over all.
+
+What the kernel keeps of files in its cache is not the process's; what it has mapped is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.processes import peak_rss_bytes
+from benchmarks.rounds import Row, served
+
+ROWS = (Row(0.1, 10, 20, None), Row(1, 10, 20, None), Row(1, 100, 4, None), Row(100, 10, 3, None))
+BIG_ROWS = (Row(100, 100, 1, None), Row(1000, 4, 1, None))  # 20 GB and 8 GB a round
+BASE_MOST_BYTES, MODELS_MOST, WAITING_MOST_BYTES = 150_000_000, 4, 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    row: Row
+    started_bytes: int
+    peak_bytes: int
+
+    @property
+    def most_bytes(self) -> int:
+        """150 MB, four models, and 1 MB for every upload that waits beyond those of ten clients."""
+        waiting = max(0, self.row.clients - 10)
+        return BASE_MOST_BYTES + MODELS_MOST * self.row.model_bytes + WAITING_MOST_BYTES * waiting
+
+
+async def measure(row: Row) -> Measured:
+    with tempfile.TemporaryDirectory(prefix="flserve-bench-") as folder:
+        async with served("fedn", row, Path(folder)) as server:
+            started_bytes = peak_rss_bytes(server.pid)
+            await server.turn(row.rounds)
+            return Measured(row, started_bytes, peak_rss_bytes(server.pid))
+
+
+def report(measured: list[Measured]) -> list[str]:
+    lines = ["| model, clients | attached, MB | peak, MB | at most, MB |", "|---|---|---|---|"]
+    for one in measured:
+        numbers = (one.started_bytes, one.peak_bytes, one.most_bytes)
+        lines.append(f"| {one.row.name} | " + " | ".join(f"{number / 1e6:.0f}" for number in numbers) + " |")
+    return lines
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--big", action="store_true", help="also 100 MB x 100 and 1 GB x 4: 30 GB of disk, minutes")
+    rows = ROWS + BIG_ROWS if parser.parse_args().big else ROWS
+    print("\n".join(report([await measure(row) for row in rows])))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
