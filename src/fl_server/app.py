@@ -92,15 +92,12 @@ async def scheduling(
         data.mkdir(parents=True, exist_ok=True)
     except OSError as refused:
         raise Unavailable(f"data_dir: {data} cannot be made: {refused.strerror or refused}") from refused
-    store = _state_store(settings, pools, fsync=fsync)
-    owner = f"flserve, process {os.getpid()} on {socket.gethostname()}, data in {data.resolve()}"
-    await store.open(owner, standby=settings.standby)
+    store = state_store(settings, pools)
+    await store.open(owner_name(settings), standby=settings.standby)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
-        await stack.enter_async_context(_kept(store))
-        models, updates, archives = [
-            await stack.enter_async_context(blobs) for blobs in _blob_stores(settings, pools, fsync=fsync)
-        ]
+        await stack.enter_async_context(kept(store))
+        models, updates, archives = [await stack.enter_async_context(blobs) for blobs in blob_stores(settings, pools)]
         spool = Spool(data / "spool", pools.disk, max_bytes=settings.spool_max_bytes, fsync=fsync)
         await spool.open()
         work = data / "work"
@@ -120,9 +117,14 @@ async def scheduling(
             yield scheduler, packages
 
 
-def _state_store(settings: Settings, pools: Executors, *, fsync: bool) -> StateStore:
+def owner_name(settings: Settings, program: str = "flserve") -> str:
+    return f"{program}, process {os.getpid()} on {socket.gethostname()}, data in {settings.data_dir.resolve()}"
+
+
+def state_store(settings: Settings, pools: Executors) -> StateStore:
     url = settings.mongo_url.get_secret_value()
     if not url:
+        fsync = settings.durability != "process"
         return SqliteStateStore(settings.data_dir / "state.db", pools.state, fsync=fsync)
     from fl_server.store.mongo import MongoStateStore
 
@@ -130,7 +132,7 @@ def _state_store(settings: Settings, pools: Executors, *, fsync: bool) -> StateS
 
 
 @asynccontextmanager
-async def _kept(store: StateStore) -> AsyncIterator[None]:
+async def kept(store: StateStore) -> AsyncIterator[None]:
     """The ownership is renewed until the block is left. Raises Deposed, out of the block, when it is lost."""
     async with asyncio.TaskGroup() as tasks:
         keeping = tasks.create_task(store.keep(), name="keep the ownership")
@@ -140,11 +142,12 @@ async def _kept(store: StateStore) -> AsyncIterator[None]:
             keeping.cancel()
 
 
-def _blob_stores(
-    settings: Settings, pools: Executors, *, fsync: bool
+def blob_stores(
+    settings: Settings, pools: Executors, *, below: str = ""
 ) -> list[contextlib.AbstractAsyncContextManager[BlobStore]]:
-    """Models, updates that are kept, packages; each to be entered."""
+    """Models, updates that are kept, packages; each to be entered. below: in S3, before all their keys."""
     data, models, context = settings.data_dir, settings.s3_model_bucket, settings.s3_context_bucket
+    fsync = settings.durability != "process"
     if not settings.s3_endpoint_url:
         folders = ("models", "updates", "packages")
         return [_opened_files(FileBlobStore(data / folder, pools.disk, fsync=fsync)) for folder in folders]
@@ -157,7 +160,14 @@ def _blob_stores(
         settings.s3_region,
     )
     return [
-        opened(server, bucket, data / "cache" / name, pools.disk, cache_bytes=settings.s3_cache_bytes, prefix=prefix)
+        opened(
+            server,
+            bucket,
+            data / "cache" / name,
+            pools.disk,
+            cache_bytes=settings.s3_cache_bytes,
+            prefix=below + prefix,
+        )
         for name, bucket, prefix in (("models", models, ""), ("updates", models, "updates/"), ("packages", context, ""))
     ]
 

@@ -91,6 +91,7 @@ ACCESS: Mapping[str, Roles] = {
     f"GET {_API}/packages/active": ADMIN,
     f"PUT {_API}/packages/active": ADMIN,
     f"DELETE {_API}/packages/active": ADMIN,
+    f"POST {_API}/predictions/start": ADMIN,
     f"POST {_API}/sessions/": ADMIN,
     f"POST {_API}/sessions/start": ADMIN,
     f"POST {_API}/sessions/start_splitlearning_session": ADMIN,

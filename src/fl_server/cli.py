@@ -242,6 +242,84 @@ def demo(
     raise typer.Exit(code)
 
 
+def _deployment(config: Path | None, **given: Any) -> Any:
+    from fl_server.errors import Invalid
+    from fl_server.settings import Settings
+
+    try:
+        return Settings.load(config, given)
+    except Invalid as wrong:
+        raise fail(wrong, Exit.USAGE) from None
+
+
+@app.command()
+def doctor(
+    data_dir: Annotated[Path | None, _option("As of `flserve up`, like the other settings.")] = None,
+    mongo_url: Annotated[str | None, _option("mongodb://…")] = None,
+    mongo_database: Annotated[str | None, _option("Its database.")] = None,
+    s3_endpoint_url: Annotated[str | None, _option("http(s)://…")] = None,
+    s3_region: Annotated[str | None, _option("Its region.")] = None,
+    config: Annotated[Path | None, _option("Settings in TOML.")] = None,
+    format: Annotated[Format, typer.Option(help="table, or json: one object.")] = Format.TABLE,
+) -> None:
+    """Look at what a server would start with: settings, ports, stores, clock, disk, package. Exit code 1: see to it.
+
+    Example: flserve doctor --data-dir ./flserve-data
+    """
+    from dataclasses import asdict
+
+    from fl_server.deployment import Finding, Health, examine
+
+    stores = {"mongo_url": mongo_url, "mongo_database": mongo_database, "s3_endpoint_url": s3_endpoint_url}
+    settings = _deployment(config, data_dir=data_dir, s3_region=s3_region, **stores)
+
+    async def look() -> list[Finding]:
+        found = []
+        async for finding in examine(settings):
+            found.append(finding)
+            if format is Format.TABLE:
+                typer.echo(f"{finding.health.ljust(5)}  {finding.about.ljust(9)}  {' '.join(finding.says.split())}")
+        return found
+
+    found = asyncio.run(look())
+    is_well = all(finding.health is not Health.WRONG for finding in found)
+    if format is Format.JSON:
+        commands.print_json({"ok": is_well, "findings": [asdict(finding) for finding in found]})
+    raise typer.Exit(Exit.DONE if is_well else Exit.REFUSED)
+
+
+@app.command()
+def reset(
+    yes: Annotated[bool, typer.Option("--yes", help="Delete it all: this cannot be undone.")] = False,
+    data_dir: Annotated[Path | None, _option("As of `flserve up`, like the other settings.")] = None,
+    mongo_url: Annotated[str | None, _option("mongodb://…")] = None,
+    mongo_database: Annotated[str | None, _option("Its database.")] = None,
+    s3_endpoint_url: Annotated[str | None, _option("http(s)://…")] = None,
+    s3_region: Annotated[str | None, _option("Its region.")] = None,
+    config: Annotated[Path | None, _option("Settings in TOML.")] = None,
+    format: Annotated[Format, typer.Option(help="table, or json: one object.")] = Format.TABLE,
+) -> None:
+    """Delete all sessions, models, packages, records and uploads of a deployment whose server is stopped.
+
+    Example: flserve reset --yes --data-dir ./flserve-data
+    """
+    from fl_server.deployment import purge
+    from fl_server.errors import FlserveError
+
+    stores = {"mongo_url": mongo_url, "mongo_database": mongo_database, "s3_endpoint_url": s3_endpoint_url}
+    settings = _deployment(config, data_dir=data_dir, s3_region=s3_region, **stores)
+    state = f"MongoDB database {settings.mongo_database}" if settings.mongo_url.get_secret_value() else "state"
+    what = f"the {state}, all models, updates and packages, and the uploads in {settings.data_dir}"
+    if not yes:
+        raise fail(f"--yes: missing; it would delete {what}, for ever", Exit.USAGE)
+    try:
+        gone = asyncio.run(purge(settings))
+    except FlserveError as why:
+        raise fail(why) from None
+    told = ", ".join(f"{count} {name}" for name, count in gone.items())
+    commands.print_json(gone) if format is Format.JSON else typer.echo(f"deleted: {told}")
+
+
 app.command()(commands.explain)
 app.command()(commands.events)
 for group in (*commands.GROUPS.values(), token_app):

@@ -592,7 +592,7 @@ async def test_a_sessions_life(tmp_path: Path) -> None:
 
 async def test_a_session_is_stopped_and_one_that_cannot_be_is_said(federation: Federation) -> None:
     api = APIClient(federation.server.api_url.removeprefix("http://"))
-    await federation.add_seed([np.zeros(2)])
+    model_id = await federation.add_seed([np.zeros(2)])
     started = await ask(api.start_session, wait_for_clients_s=60)
     assert (await ask(api.stop_session, started["session_id"]))["status"] == "Terminated"
     assert await ask(api.get_session_status, started["session_id"]) == "Terminated"
@@ -605,7 +605,7 @@ async def test_a_session_is_stopped_and_one_that_cannot_be_is_said(federation: F
     with pytest.raises(APIError, match="server_functions: not supported"):
         await ask(api.start_session, server_functions=EventParser)
     with pytest.raises(APIError, match=r"^(aggregator|helper_type): "):
-        await ask(api.start_splitlearning_session, model_id="m")
+        await ask(api.start_splitlearning_session, model_id=model_id)
 
 
 def package_file(folder: Path, name: str) -> Path:

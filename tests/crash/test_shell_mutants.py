@@ -48,10 +48,7 @@ MUTANTS = {
     ),
     "what the spool lost is not looked for": (
         "scheduler/session_task.py",
-        "tuple(\n"
-        "            UpdateLost(report.task, report.update.update_id, why) for report in reports"
-        " if report.update.blob in gone\n"
-        "        )",
+        "tuple(UpdateLost(report.task, report.update.update_id, why) for report in lost)",
         "()",
     ),
     "an upload's OK before it is found": (
@@ -85,6 +82,21 @@ MUTANTS = {
         "core/round.py",
         "lost=True, seq=round.saved)",
         "lost=True)",
+    ),
+    "what was replaced is compared with what the client announced": (
+        "scheduler/intake.py",
+        "if not is_replaced(status):",
+        "if True:",
+    ),
+    "a spool that is away lets deadlines pass": (
+        "scheduler/intake.py",
+        "await self._scheduler.insist(spool.replace, blob, stored)",
+        "await spool.replace(blob, stored)",
+    ),
+    "a damaged early fold ends the session": (
+        "scheduler/aggregation.py",
+        "with contextlib.suppress(Exception):  # Aggregate",
+        "with contextlib.suppress(Unavailable):  # Aggregate",
     ),
     "an outage lets deadlines pass": (
         "scheduler/outage.py",

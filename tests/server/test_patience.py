@@ -13,7 +13,7 @@ from fl_client.wire import fl_pb2 as pb
 from fl_server.errors import Unavailable
 from fl_server.store.ports import Collection
 from tests.server.virtual_world import World, on_virtual_time
-from tests.server.wire_client import filled
+from tests.server.wire_client import filled, update_of
 from tests.virtual import Context
 
 STORE_PATIENCE_S = 30.0
@@ -42,17 +42,15 @@ async def test_an_upload_that_does_not_fit_waits_until_a_round_has_ended(world: 
     [client] = await world.clients("a")
     session = await world.started()
     task = await client.task()
-    spool = world.scheduler.workshop.spool
-    spool._max_bytes = SPOOL_BYTES
-    filler = await upload(world, "b", "filler", b"x" * (SPOOL_BYTES - 2000))
-    assert filler.status == pb.OK
-    blob = spool.find("b", "filler")
-    training = asyncio.ensure_future(client.train(task, 1.0))
-    waiting = asyncio.ensure_future(upload(world, "c", "waits", b"y" * 4000))
-    assert await training == "ACCEPTED"
-    await world.ended(session)
+    data = codec.encode(filled(1.0))
+    world.scheduler.workshop.spool._max_bytes = len(data) + 100
+    assert (await upload(world, "a", "u", data)).status == pb.OK
+    waiting = asyncio.ensure_future(upload(world, "b", "waits", data))
+    await asyncio.sleep(10)
     assert not waiting.done()
-    await spool.remove([blob or ""])
+    update = update_of(task, "u", sender="a")
+    assert (await world.servicer.SendModelUpdate(update, Context("a"))).verdict == pb.VERDICT_ACCEPTED  # type: ignore[arg-type]
+    assert await world.result(session) == 1.0
     assert (await waiting).status == pb.OK
 
 

@@ -60,7 +60,6 @@ async def test_a_report_that_comes_again_after_the_check_is_accepted(world: Worl
 @on_virtual_time
 async def test_an_update_that_nobody_has_checked_is_not_accepted(world: World) -> None:
     """It came before its task was open, and is decided after."""
-    [client] = await world.clients("a")
     await world.clients("a")
     session = SessionId(await world.session(min_clients=2))
     assert await world.scheduler.start(session, wait_for_clients_s=60.0) == ("done", "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 from fl_server.core.model import ClientId, SessionId
 from fl_server.core.session import GONE_KEPT

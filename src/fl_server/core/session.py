@@ -57,6 +57,7 @@ from fl_server.core.selection import choose_cohort
 
 GONE_KEPT = 1000  # clients that left, for explain; each start of a client may bring a new id
 
+
 @dataclass(slots=True)
 class Validation:
     """The current model is with the clients to be validated. Soft: it follows from the session's record."""

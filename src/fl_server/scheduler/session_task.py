@@ -7,6 +7,7 @@ order. Nobody else holds the session; what others need of it is asked through th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from fl_server.core.events import (
 from fl_server.core.explain import explain
 from fl_server.core.model import ClientId, ModelId, SessionRecord, Status, Task, TaskKind, UpdateId
 from fl_server.core.session import Session, step
-from fl_server.errors import Unavailable
+from fl_server.errors import Missing, Unavailable
 from fl_server.scheduler import records
 from fl_server.scheduler.aggregation import Aggregation, Insist, Workshop
 from fl_server.scheduler.calls import Calls, Reply
@@ -238,7 +239,8 @@ class SessionTask:
     async def _keep(self, key: str, blob: str) -> None:
         spool = self._around.workshop.spool
         if not await spool.missing([blob]):
-            await self._around.updates.put_file(key, spool.path(blob))
+            with contextlib.suppress(Missing):  # it is gone after all: nothing that a session could help
+                await self._around.updates.put_file(key, spool.path(blob))
 
     # ---- records
 

@@ -318,7 +318,8 @@ class Upload:
             self._spool._release(self.size_bytes)
             self._buffer = bytearray()
         if self._touched_disk:
-            await self._spool._run("abort", self._discard)
+            # gRPC cancels a handler twice: the second time here
+            await asyncio.shield(self._spool._start("abort", self._discard))
 
     def _flush(self) -> None:
         """Behind what is there for certain: a flush that failed may have left a part of its bytes."""

@@ -183,8 +183,14 @@ class SqliteStateStore:
         return await self._run(lambda db: int(db.execute(sql, filters.bound).fetchone()[0]))
 
     async def delete(self, collection: Collection, id: str) -> bool:
-        sql = f'delete from "{collection}" where id = ?'
-        return await self._run(lambda db: db.execute(sql, (id,)).rowcount == 1)
+        def work(db: sqlite3.Connection) -> bool:
+            with db:
+                db.execute("begin immediate")
+                if collection is Collection.ROUNDS:
+                    db.execute("delete from reports where round_id = ?", (id,))
+                return db.execute(f'delete from "{collection}" where id = ?', (id,)).rowcount == 1
+
+        return await self._run(work)
 
     async def delete_where(self, collection: Collection, where: tuple[Condition, ...], limit: int) -> int:
         filters = _Filters(collection)

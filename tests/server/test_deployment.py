@@ -1,0 +1,142 @@
+"""`flserve doctor` and `flserve reset`, on the embedded stores and on MongoDB with S3."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fl_client import TrainResult
+from fl_client.wire import codec
+from fl_server.store.s3 import S3
+from fl_server.testing import Federation
+from tests.server.cli_runner import Said, run
+
+SEED = [np.arange(6, dtype=np.float32)]
+
+
+def train(parameters: codec.Parameters, *_: Any) -> TrainResult:
+    return TrainResult([array + 1 for array in parameters], num_examples=1)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("FL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FL_API_PORT", "0")
+    monkeypatch.setenv("FL_GRPC_PORT", "0")
+    monkeypatch.setenv("FL_SPOOL_MAX_BYTES", "1000000")
+
+
+@pytest.fixture(params=["embedded", "MongoDB and S3"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings are in the environment."""
+    if request.param != "embedded":
+        s3: S3 = request.getfixturevalue("s3_server")
+        name = f"fl-test-{uuid.uuid4()}"
+        settings: Mapping[str, str] = {
+            "FL_MONGO_URL": request.getfixturevalue("mongo_url"),
+            "FL_MONGO_DATABASE": name,
+            "FL_S3_ENDPOINT_URL": s3.endpoint_url,
+            "FL_S3_ACCESS_KEY": s3.access_key,
+            "FL_S3_SECRET_KEY": s3.secret_key,
+            "FL_S3_MODEL_BUCKET": name,
+            "FL_S3_CONTEXT_BUCKET": name,
+        }
+        for variable, value in settings.items():
+            monkeypatch.setenv(variable, value)
+
+
+def doctor(data: Path, *more: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    said = run("doctor", "--data-dir", data, "--format", "json", *more)
+    findings = said.json["findings"]
+    assert said.json["ok"] == (said.code == 0)
+    return said.code, {finding["about"]: (finding["health"], finding["says"]) for finding in findings}
+
+
+def reset(data: Path) -> Said:
+    return run("reset", "--yes", "--data-dir", data)
+
+
+@pytest.mark.usefixtures("where")
+async def test_a_session_is_gone_after_a_reset_and_the_next_one_is_the_first(tmp_path: Path) -> None:
+    for _ in range(2):
+        async with Federation(train=train, clients=2, data_dir=tmp_path / "data") as federation:
+            session = await federation.run(SEED, rounds=2, clients_required=2, delete_models_storage=False)
+            assert session["status"] == "Finished"
+            rounds = await federation.call("GET", "/api/v1/rounds/", "result")
+            assert sorted(found["round_id"] for found in rounds) == ["1", "2"]
+            owned = await asyncio.to_thread(reset, tmp_path / "data")
+            assert owned.code == 1
+            assert f"is owned by flserve, process {os.getpid()} " in owned.err
+            code, findings = await asyncio.to_thread(doctor, tmp_path / "data")
+            assert code == 0, findings
+            assert f"its owner is flserve, process {os.getpid()} " in findings["database"][1]
+        done = await asyncio.to_thread(reset, tmp_path / "data")
+        assert done.code == 0, done.err
+        assert "3 models, 4 updates, 0 packages" in done.out
+    assert "0 models" in (await asyncio.to_thread(reset, tmp_path / "data")).out
+
+
+@pytest.mark.usefixtures("where")
+def test_a_doctor_has_nothing_to_say_against_a_new_deployment(tmp_path: Path) -> None:
+    code, findings = doctor(tmp_path / "data")
+    assert code == 0, findings
+    healthy = ["settings", "api_port", "grpc_port", "database", "models", "updates", "packages", "clock", "disk"]
+    assert [about for about, (health, _) in findings.items() if health == "ok"] == healthy
+    assert findings["package"] == ("note", "none is active: clients run code of their own")
+    assert not list((tmp_path / "data").glob("doctor-*")), "nothing of it stays"
+
+
+def test_a_doctor_says_one_line_for_each_finding(tmp_path: Path) -> None:
+    said = run("doctor", "--data-dir", tmp_path / "data")
+    assert (said.code, len(said.out.splitlines())) == (0, 10)
+
+
+def test_a_port_that_is_taken_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("FL_GRPC_PORT", str(taken.getsockname()[1]))
+        code, findings = doctor(tmp_path / "data")
+    assert code == 1
+    assert findings["grpc_port"][0] == "wrong"
+
+
+def test_stores_that_do_not_answer_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("FL_S3_ACCESS_KEY", "a")
+    monkeypatch.setenv("FL_S3_SECRET_KEY", "b")
+    nobody = f"127.0.0.1:{port}"
+    code, findings = doctor(
+        tmp_path / "data", "--mongo-url", f"mongodb://{nobody}", "--s3-endpoint-url", f"http://{nobody}"
+    )
+    assert code == 1
+    assert [findings[about][0] for about in ("database", "models", "updates", "packages")] == ["wrong"] * 4
+
+
+def test_refused_keys_are_found(tmp_path: Path, s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FL_S3_ACCESS_KEY", s3_server.access_key)
+    monkeypatch.setenv("FL_S3_SECRET_KEY", "another")
+    code, findings = doctor(tmp_path / "data", "--s3-endpoint-url", s3_server.endpoint_url)
+    assert code == 1
+    assert "s3_secret_key" in findings["models"][1]
+
+
+def test_site_without_s3_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FL_DURABILITY", "site")
+    code, findings = doctor(tmp_path / "data")
+    assert code == 1
+    assert findings["settings"][1].startswith("durability: ")
+
+
+def test_a_reset_wants_a_yes(tmp_path: Path) -> None:
+    said = run("reset", "--data-dir", tmp_path)
+    assert said.code == 2
+    assert "for ever" in said.err
