@@ -41,7 +41,7 @@ check: install ## lint, types, floors (who may import whom), generated stubs fre
 	for stub in $(WIRE); do diff -u "src/$$stub" "$$fresh/$$stub" || { echo "src/$$stub is stale: make protos"; exit 1; }; done
 
 test: install fedn-venv ## the tests, under 10 minutes
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -n 4 --dist loadfile -m "not long"
 
 test-long: install fedn-venv ## every crash point, outages, fuzzing
 	$(BIN)/pytest -m long

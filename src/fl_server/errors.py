@@ -7,7 +7,6 @@ FlserveError(message)            code: stable, for machines ("conflict")
     Conflict                     409  not now: the thing is in another state
     Unauthorized                 401  who are you?
     Forbidden                    403  we know who you are: not you
-    TooSlow                      408  what was to be sent did not come in time
     TooMany                      429  not so many, not so often
   StoreError                     the store's fault
     Unavailable                  503  away, or its answer did not come: it may have happened, and may be done again
@@ -63,12 +62,6 @@ class Forbidden(RequestError):
     code = "forbidden"
     http_status = 403
     grpc_status = grpc.StatusCode.PERMISSION_DENIED
-
-
-class TooSlow(RequestError):
-    code = "too_slow"
-    http_status = 408
-    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class TooMany(RequestError):

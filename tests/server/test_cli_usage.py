@@ -27,7 +27,8 @@ def all_commands() -> Iterator[tuple[str, ...]]:
 
 
 COMMANDS = sorted(all_commands())
-AGAINST_A_SERVER = [path for path in COMMANDS if path[0] not in ("up", "settings", "openapi", "demo")]
+ON_THEIR_OWN = ("up", "settings", "openapi", "demo", "doctor", "reset")
+AGAINST_A_SERVER = [path for path in COMMANDS if path[0] not in ON_THEIR_OWN]
 ARGUMENTS = {
     ("model", "upload"): ["seed.npz"],
     ("model", "download"): ["x", "-o", "out.npz"],

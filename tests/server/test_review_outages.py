@@ -116,3 +116,30 @@ async def test_an_outage_ends_although_the_clock_was_set_back_in_it(world: World
     await asking
     await asyncio.sleep(10)
     assert world.scheduler.unready() is None
+
+
+@on_virtual_time
+async def test_a_call_that_fails_of_an_outage_after_its_end_begins_no_new_one(world: World) -> None:
+    """A driver's call hangs until its own time-out: the store may be back before that."""
+    outages, tries = world.scheduler.outages, 0
+    world.store.away = True
+
+    async def hangs() -> str:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            await asyncio.sleep(30)
+            raise Unavailable("timed out")
+        return "done"
+
+    hanging = asyncio.ensure_future(outages.insist(hangs))
+    noticing = asyncio.ensure_future(world.scheduler.patch(Collection.MODELS, "seed", {"name": "x"}))
+    await asyncio.sleep(10)
+    world.store.away = False
+    await noticing
+    await asyncio.sleep(10)
+    assert not outages.away
+    past_s = outages.past_s
+    assert await hanging == "done"
+    assert outages.past_s == past_s
+    assert not outages.away

@@ -475,3 +475,49 @@ async def test_stale_names_what_was_complete_before_a_time_oldest_first(folder: 
     clock.now = 4_000.0
     assert await slow.finish() not in spool.stale(4_000.0)
     assert (await opened(folder, executor)).stale(3_500.0) == names
+
+
+# ---- copies
+
+
+async def test_a_linked_upload_may_be_moved_away_and_stays(spool: Spool, folder: Path, tmp_path: Path) -> None:
+    name = await received(spool, "a", "u", b"bytes")
+    async with spool.linked(name) as link:
+        link.rename(tmp_path / "copy")
+    async with spool.linked(name):
+        pass
+    assert (tmp_path / "copy").read_bytes() == spool.path(name).read_bytes() == b"bytes"
+    assert files(folder) == [name]
+
+
+async def test_an_upload_is_copied_where_the_file_system_has_no_links(
+    spool: Spool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    name = await received(spool, "a", "u", b"bytes")
+    async with spool.linked(name) as copy:
+        assert copy.read_bytes() == b"bytes"
+    assert files(folder) == [name]
+
+
+async def test_an_upload_that_is_gone_has_no_link(spool: Spool, folder: Path) -> None:
+    name = await received(spool, "a", "u", b"bytes")
+    spool.path(name).unlink()
+    with pytest.raises(Missing):
+        async with spool.linked(name):
+            raise AssertionError
+    assert files(folder) == []
+
+
+async def test_a_lost_upload_is_restored_from_a_copy_which_stays(spool: Spool, folder: Path, tmp_path: Path) -> None:
+    name = await received(spool, "a", "u", b"bytes")
+    copy = tmp_path / "copy"
+    copy.write_bytes(b"bytes")
+    spool.path(name).unlink()
+    await spool.restore(name, copy)
+    assert await spool.missing([name]) == set()
+    assert (spool.find("a", "u"), spool.used_bytes, files(folder)) == (name, 5, [name])
+    assert copy.read_bytes() == b"bytes"

@@ -308,6 +308,17 @@ async def test_reports_of_one_round_and_of_one_client_in_it(store: StateStore) -
     assert await store.reports("r", "") == await store.reports("none") == []
 
 
+async def test_the_reports_of_a_round_go_with_it(store: StateStore) -> None:
+    """After a reset, the next round has its id."""
+    await store.save(
+        [Put(Collection.ROUNDS, {"round_id": "r", "fl": {"version": 1}}), PutReport("r", "a", "u", 1, {"n": 1})]
+    )
+    assert await store.delete(Collection.ROUNDS, "r")
+    assert await store.reports("r") == []
+    await store.save([Put(Collection.ROUNDS, {"round_id": "r", "fl": {"version": 1}})])
+    assert await store.reports("r") == []
+
+
 async def test_a_lost_report_is_written_over_the_accepted_one_and_moves_behind(store: StateStore) -> None:
     await store.save([PutReport("r", "a", "u", 1, {"lost": False}), PutReport("r", "b", "u", 2, {"lost": False})])
     await store.save([PutReport("r", "a", "u", 3, {"lost": True})])

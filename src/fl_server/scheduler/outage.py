@@ -28,6 +28,7 @@ class Outages:
         self._last_failure = 0.0
         self._began = asyncio.Event()
         self._past_s = 0.0
+        self._ended = 0  # how many outages have ended
         self._calm_since = -math.inf
 
     def now(self) -> float:
@@ -56,10 +57,13 @@ class Outages:
     async def insist(self, work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """The outcome of something that may be done again, however long its store is away."""
         while True:
+            outages = self._ended
             try:
                 return await work(*args, **kwargs)
             except Unavailable as failed:
-                self._note(failed)
+                # a call that began before an outage ended may fail of it after that: it is no new one
+                if self.away or outages == self._ended:
+                    self._note(failed)
             await asyncio.sleep(self._retry_s)
 
     async def watch(self, probes: Sequence[Probe], returned: Callable[[], None]) -> None:
@@ -72,6 +76,7 @@ class Outages:
             assert self._since is not None
             away_s = max(0.0, self._clock() - self._since)  # it may have been set back
             self._past_s += away_s
+            self._ended += 1
             self._since, self._calm_since = None, self._clock()
             self._began.clear()
             logger.warning("store back", extra={"away_s": round(away_s, 1)})
