@@ -122,7 +122,9 @@ async def test_an_upload_that_trickles_is_dropped_and_leaves_nothing(tmp_path: P
             call = a.open("ModelService", "Upload", trickle(b"x", 0.05))
             began = time.monotonic()
             async with asyncio.timeout(WAIT_S):
-                assert await call.code() is grpc.StatusCode.UNAVAILABLE
+                # INTERNAL is grpc.aio's own, on the client, when it was writing at the moment at which the call ended
+                ended = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
+                assert await call.code() in ended, await call.details()
             assert time.monotonic() - began >= 0.4
         assert (await a.upload(codec.encode(filled(1)))).status == pb.OK
 
