@@ -44,7 +44,8 @@ test: install fedn-venv ## the tests, under 10 minutes
 	$(BIN)/pytest -n 4 --dist loadfile -m "not long"
 
 test-long: install fedn-venv ## every crash point, outages, fuzzing
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -n 3 --dist loadfile -m long --ignore tests/benchmarks
+	$(BIN)/pytest -m long tests/benchmarks
 
 fedn-venv: install # FEDn's own client, in a virtual environment of its own that outlives the clone
 	@$(BIN)/python tests/interop/fedn_venv.py

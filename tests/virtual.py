@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import selectors
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -49,6 +50,25 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return future
 
 
+class HurriedLoop(asyncio.SelectorEventLoop):
+    """For real servers: real time, of which a second counts as ten."""
+
+    SPEED = 10.0
+
+    def __init__(self) -> None:
+        self._began_s = time.monotonic()
+        super().__init__(selectors.DefaultSelector())
+        real = self._selector.select
+
+        def select(timeout: float | None = None) -> Any:
+            return real(None if timeout is None else timeout / self.SPEED)
+
+        self._selector.select = select
+
+    def time(self) -> float:
+        return 1_000_000.0 + (time.monotonic() - self._began_s) * self.SPEED
+
+
 class Aborted(Exception):
     """What the RPC ended with."""
 
@@ -74,6 +94,18 @@ class Context:
 
     async def abort(self, code: grpc.StatusCode, details: str) -> None:
         raise (Unavailable if code is grpc.StatusCode.UNAVAILABLE else Aborted)(f"{code}: {details}")
+
+
+@contextlib.contextmanager
+def hurried_loop() -> Iterator[HurriedLoop]:
+    with asyncio.Runner(loop_factory=HurriedLoop) as runner:
+        loop = runner.get_loop()
+        assert isinstance(loop, HurriedLoop)
+        asyncio.set_event_loop(loop)
+        try:
+            yield loop
+        finally:
+            asyncio.set_event_loop(None)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import inspect
 import io
 import json
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.scheduler import Patience, Scheduler
 from fl_server.store.files import FileBlobStore
-from fl_server.store.ports import Collection, Condition, Query
+from fl_server.store.ports import BlobStore, Collection, Condition, Query, StateStore
 from fl_server.store.spool import Spool
 from fl_server.store.sqlite import SqliteStateStore
 from tests.virtual import Context, virtual_loop
@@ -264,6 +264,23 @@ class Ended:
 
 
 Faults = Callable[[SqliteStateStore, FileBlobStore, Spool], None]
+Stores = tuple[StateStore, BlobStore, BlobStore]  # state, models, updates
+Places = Callable[["Federation"], contextlib.AbstractAsyncContextManager[Stores]]
+
+
+@contextlib.asynccontextmanager
+async def embedded(federation: Federation) -> AsyncIterator[Stores]:
+    store = federation.make_store(federation.folder / "state.db", federation.pool)
+    close = store.close
+    models = FileBlobStore(federation.folder / "models", federation.pool)
+    updates = FileBlobStore(federation.folder / "updates", federation.pool)
+    await store.open("a test")
+    try:
+        await models.open()
+        await updates.open()
+        yield store, models, updates
+    finally:
+        await close()  # the kernel lets go of a dead process's lock
 
 
 class Federation:
@@ -277,28 +294,26 @@ class Federation:
         store: type[SqliteStateStore] = SqliteStateStore,
         faults: Faults | None = None,
         between_lives: Callable[[Path], None] | None = None,
+        places: Places = embedded,
+        round_timeout_s: float = 30.0,
+        pool: ThreadPoolExecutor | None = None,
     ) -> None:
+        """pool: for a loop that does not run everything at once."""
+        self.places, self.round_timeout_s = places, round_timeout_s
         self.folder, self.deaths, self.make_store = folder, list(deaths), store
         self.faults, self.between_lives = faults, between_lives
         self.network, self.lives = Network(), 0
         self.later: list[tuple[SimClient, pb.TaskRequest, str]] = []
         self.clients = [SimClient(index, self.network, self) for index in range(4)]
-        self.unused = ThreadPoolExecutor(1)  # VirtualLoop runs everything at once
+        self.pool = pool or ThreadPoolExecutor(1)  # VirtualLoop does not use it
         self.death = Death()
         self.calls = 0
 
     async def live(self, death: Death) -> None:
-        clock = asyncio.get_running_loop().time
-        store = self.make_store(self.folder / "state.db", self.unused)
-        close = store.close
-        models = FileBlobStore(self.folder / "models", self.unused)
-        updates = FileBlobStore(self.folder / "updates", self.unused)
-        spool = Spool(self.folder / "spool", self.unused, max_bytes=10**9)
-        (self.folder / "work").mkdir(exist_ok=True)
-        await store.open("a test")
-        try:
-            for opened in (models, updates, spool):
-                await opened.open()
+        async with self.places(self) as (store, models, updates):
+            spool = Spool(self.folder / "spool", self.pool, max_bytes=10**9)
+            (self.folder / "work").mkdir(exist_ok=True)
+            await spool.open()
             death.wrap(store, STATE_CALLS)
             death.wrap(models, BLOB_CALLS)
             death.wrap(updates, BLOB_CALLS)
@@ -306,18 +321,17 @@ class Federation:
             if isinstance(store, OneByOne):
                 death.wrap(store, ["between"])
             if self.faults:
+                assert isinstance(store, SqliteStateStore)
+                assert isinstance(models, FileBlobStore)
                 self.faults(store, models, spool)
-            workshop = Workshop(models, spool, self.unused, self.folder / "work", 10**9)
-            scheduler = Scheduler(store, workshop, updates, clock, Patience())
+            workshop = Workshop(models, spool, self.pool, self.folder / "work", 10**9)
+            scheduler = Scheduler(store, workshop, updates, asyncio.get_running_loop().time, Patience())
             async with scheduler.running():
                 limits = Limits(10**9, 8, 60.0, 30.0)
-                servicer = Servicer(
-                    scheduler, Intake(scheduler), Downloads(scheduler, self.unused, kept_bytes=10**6), limits
-                )
+                downloads = Downloads(scheduler, self.pool, kept_bytes=10**6)
+                servicer = Servicer(scheduler, Intake(scheduler), downloads, limits)
                 self.network.life, self.network.died = Life(scheduler, servicer), death.dead
                 await asyncio.Event().wait()
-        finally:
-            await close()  # the kernel lets go of a dead process's lock
 
     async def process(self) -> None:
         while True:
@@ -372,7 +386,7 @@ class Federation:
             GlobalModel(ModelId("seed")), helper=codec.NUMPY, name=None, session_id=None, at=0.0
         )
         await life.scheduler.store.append(Collection.MODELS, [model])
-        config = SessionConfig(rounds=3, min_clients=2, round_timeout_s=30.0, validation_timeout_s=30.0)
+        config = SessionConfig(rounds=3, min_clients=2, round_timeout_s=self.round_timeout_s, validation_timeout_s=30.0)
         with contextlib.suppress(Invalid):  # it exists: we asked before, and the answer was lost
             await life.scheduler.create(config, name=None, model_id="seed", session_id=SESSION)
 
@@ -397,7 +411,7 @@ class Federation:
         models = [document["model"] for document in await store.find(Collection.MODELS, of_session)]
         rounds = await store.find(Collection.ROUNDS, Query((Condition("fl.attempt", "eq", 1),)))
         reports = {found["fl"]["number"]: await store.reports(found["round_id"]) for found in rounds}
-        return Ended(record, reports, models, (self.folder / "models" / record.model.id).read_bytes())
+        return Ended(record, reports, models, await scheduler.models.get(record.model.id))
 
 
 async def attached(life: Life) -> int:
@@ -405,8 +419,17 @@ async def attached(life: Life) -> int:
 
 
 def simulate(folder: Path, deaths: Sequence[tuple[int, bool]] = (), **options: Any) -> tuple[Federation, Ended]:
+    return simulate_on(virtual_loop, folder, deaths, **options)
+
+
+def simulate_on(
+    loops: Callable[[], contextlib.AbstractContextManager[asyncio.AbstractEventLoop]],
+    folder: Path,
+    deaths: Sequence[tuple[int, bool]] = (),
+    **options: Any,
+) -> tuple[Federation, Ended]:
     folder.mkdir(parents=True, exist_ok=True)
-    with virtual_loop() as loop:
+    with loops() as loop:
 
         async def bounded() -> tuple[Federation, Ended]:
             federation = Federation(folder, deaths, **options)
