@@ -6,7 +6,6 @@ What a person found out (profiles, what was tried) stands in NOTES.md, which is 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import platform
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import connections, memory, rounds, startup
+from benchmarks.processes import run
 from benchmarks.rounds import ROWS, Measured, Row, ratio
 
 HERE = Path(__file__).parent
@@ -93,4 +93,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main())

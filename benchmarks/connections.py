@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.processes import child, cpu_s, rss_bytes
+from benchmarks.processes import child, cpu_s, rss_bytes, run
 from benchmarks.rounds import Row, served
 from fl_server.testing import ServerProcess
 
@@ -113,4 +113,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main())

@@ -6,12 +6,11 @@ What the kernel keeps of files in its cache is not the process's; what it has ma
 from __future__ import annotations
 
 import argparse
-import asyncio
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.processes import peak_rss_bytes
+from benchmarks.processes import peak_rss_bytes, run
 from benchmarks.rounds import Row, served
 
 ROWS = (Row(0.1, 10, 20, None), Row(1, 10, 20, None), Row(1, 100, 4, None), Row(100, 10, 3, None))
@@ -56,4 +55,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main())

@@ -19,7 +19,7 @@ from typing import Protocol
 import httpx
 
 from benchmarks.models import MB, encoded
-from benchmarks.processes import Child, child, cpu_s, peak_rss_bytes
+from benchmarks.processes import Child, child, cpu_s, peak_rss_bytes, run
 from fl_server.testing import CONFIG, ServerProcess
 
 
@@ -200,4 +200,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main())

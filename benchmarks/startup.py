@@ -12,6 +12,7 @@ from statistics import median
 
 import httpx
 
+from benchmarks.processes import run
 from fl_server.testing import ServerProcess
 
 READY_MOST_S, HELP_MOST_S = 1.5, 0.3
@@ -53,4 +54,4 @@ def report(measured: tuple[float, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(report(asyncio.run(measure(5)))))
+    print("\n".join(report(run(measure(5)))))
