@@ -98,11 +98,6 @@ MUTANTS = {
         "with contextlib.suppress(Exception):  # Aggregate",
         "with contextlib.suppress(Unavailable):  # Aggregate",
     ),
-    "an outage lets deadlines pass": (
-        "scheduler/outage.py",
-        "return self._clock() if self._since is None else self._since",
-        "return self._clock()",
-    ),
 }
 
 
