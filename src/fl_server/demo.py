@@ -198,7 +198,7 @@ class _Demo:
         example = locate_example()
         if importlib.util.find_spec("sklearn") is None:
             raise DemoFailed("the demo's data come with scikit-learn, which is missing: pip install 'flserve[demo]'")
-        children = Children(self.root / "logs", {"DIGITS_DATA": str(self.root / "shards")})
+        children = Children(self.root / "logs", {"DIGITS_DATA": str((self.root / "shards").absolute())})
         failures: list[DemoFailed] = []
         try:
             async with asyncio.TaskGroup() as tasks:
