@@ -94,6 +94,13 @@ class Spool:
             raise AssertionError(f"{name[:100]!r} is no name of ours")
         return self._folder / name
 
+    def content(self, name: str) -> Path | bytes:
+        """The upload as a file or, a small one, as its bytes. For any thread; may touch the disk.
+
+        Raises FileNotFoundError, or the open of the path does, when it is gone.
+        """
+        return self.path(name)
+
     def size_bytes(self, name: str) -> int:
         """Raises Missing."""
         if name not in self._sizes:
