@@ -1,8 +1,8 @@
 """Uploaded updates on local disk, found by (client, upload id) until their round is over, also after a restart.
 
 A name is a hash of both ids and the time at which the upload was complete: no client's text is in a path, and a second
-upload never overwrites an accepted one. Methods are called on the loop, and only there; the disk is touched in the
-executor.
+upload never overwrites an accepted one. A small one lies in a segment with others, a large one is a file. Methods are
+called on the loop, and only there, but for content(); the disk is touched in the executor.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from typing import TypeVar
 
 from fl_server.errors import Missing, Unavailable
 from fl_server.store.disk import PART, disk_errors, make_folder, place, sync
+from fl_server.store.segments import Segments, write_all
 
 T = TypeVar("T")
 
-_BUFFER_BYTES = 2 * 1024 * 1024  # an upload that is no larger costs one call of the executor
+_PIECE_BYTES = 2 * 1024 * 1024  # of a large upload, written at a time
 _REMOVED_AT_ONCE = 256  # then others get their turn in the executor
 _NAME = re.compile(r"[0-9a-f]{32}\.[0-9]{20}")
 _REPLACED_MODE = 0o440  # uploads can be written, replaced files cannot: a mark that is set with the name
@@ -42,6 +43,7 @@ class Spool:
     """max_bytes: what complete and open uploads may hold together.
 
     fsync: what finish() has answered survives a loss of power, and not only the death of the process.
+    small_bytes: an upload that is no larger lies in a segment; 0: each one is a file.
     clock: seconds since the epoch; it decides which upload of the same ids is the newest, and stale().
     """
 
@@ -52,9 +54,11 @@ class Spool:
         *,
         max_bytes: int,
         fsync: bool = False,
+        small_bytes: int = _PIECE_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder, self._executor, self._fsync = folder, executor, fsync
+        self._small_bytes = min(small_bytes, _PIECE_BYTES)
         self._max_bytes, self._clock = max_bytes, clock
         self._sizes: dict[str, int] = {}  # complete uploads: bytes by name
         self._names: dict[str, set[str]] = {}  # the same: names by stem
@@ -63,13 +67,14 @@ class Spool:
         self._parts = itertools.count()
         self._held: Counter[str] = Counter()
         self._waiting: set[asyncio.Future[None]] = set()
+        self._segments = Segments(folder, executor, fsync=fsync)
 
     async def open(self) -> None:
         """Finds what an earlier process left: complete uploads stay, all files whose names end in ".part" go."""
 
         def work() -> dict[str, int]:
             make_folder(self._folder, fsync=self._fsync)
-            sizes = {}
+            sizes = self._segments.load()
             with os.scandir(self._folder) as entries:
                 for entry in entries:
                     if entry.name.endswith(PART):
@@ -79,7 +84,10 @@ class Spool:
             return sizes
 
         for name, size_bytes in (await self._run("open", work)).items():
-            self._keep(name, size_bytes)
+            if _NAME.fullmatch(name):
+                self._keep(name, size_bytes)
+            else:
+                self._segments.drop([name])
 
     async def begin(self, client: str, upload: str) -> Upload:
         """Nothing is on disk yet. Whoever begins calls finish() or, in `finally`, abort()."""
@@ -90,6 +98,7 @@ class Spool:
         return max(self._names.get(_stem(client, upload), ()), default=None)
 
     def path(self, name: str) -> Path:
+        """Where it lies, unless it is in a segment."""
         if not _NAME.fullmatch(name):
             raise AssertionError(f"{name[:100]!r} is no name of ours")
         return self._folder / name
@@ -99,7 +108,12 @@ class Spool:
 
         Raises FileNotFoundError, or the open of the path does, when it is gone.
         """
-        return self.path(name)
+        path = self.path(name)
+        return self._segments.read(name) if name in self._segments else path
+
+    def in_memory(self, name: str) -> bytes | None:
+        """The bytes of a small upload that came not long ago: no disk is touched."""
+        return self._segments.recent(name)
 
     def size_bytes(self, name: str) -> int:
         """Raises Missing."""
@@ -146,6 +160,7 @@ class Spool:
         def count(placed: asyncio.Future[int]) -> None:
             if not placed.cancelled() and placed.exception() is None:
                 self._keep(name, placed.result())
+                self._segments.drop([name])
 
         placing = self._start(f"replace {name}", work)
         try:
@@ -158,15 +173,22 @@ class Spool:
     @asynccontextmanager
     async def linked(self, name: str) -> AsyncIterator[Path]:
         """The file under a second name, which may be moved away, until the block is left. Raises Missing."""
-        path, link = self.path(name), self._folder / f"{name}.{next(self._parts)}{PART}"
+        link = self._folder / f"{name}.{next(self._parts)}{PART}"
 
         def work() -> None:
             try:
-                os.link(path, link)
+                content = self.content(name)
+                if isinstance(content, bytes):
+                    link.write_bytes(content)
+                    return
+                try:
+                    os.link(content, link)
+                except FileNotFoundError:
+                    raise
+                except OSError:  # not every file system has links
+                    shutil.copyfile(content, link)
             except FileNotFoundError:
                 raise Missing(f"there is no upload {name} in the spool") from None
-            except OSError:  # not every file system has links
-                shutil.copyfile(path, link)
 
         try:
             await self._run(f"link {name}", work)
@@ -185,14 +207,24 @@ class Spool:
 
     async def missing(self, names: Iterable[str]) -> set[str]:
         """Those whose bytes are not on the disk; no name, no bytes."""
-        paths = {name: self.path(name) if name else None for name in names}
-        return await self._run(
-            "missing", lambda: {name for name, path in paths.items() if path is None or not path.exists()}
-        )
+        names = set(names)
+        small = {name for name in names if name in self._segments}
+        paths = {name: self.path(name) if name else None for name in names if name not in small}
+
+        def work() -> set[str]:
+            gone = {name for name, path in paths.items() if path is None or not path.exists()}
+            return gone | self._segments.lost(small)
+
+        return await self._run("missing", work)
 
     async def remove(self, names: Iterable[str]) -> None:
         """Empty names, and names of uploads that are gone, are passed over."""
         names = [name for name in names if name]
+        small = {name for name in names if name in self._segments}
+        self._segments.drop(small)
+        for name in small:
+            self._forget(name)
+        names = [name for name in names if name not in small]
         for start in range(0, len(names), _REMOVED_AT_ONCE):
             batch = names[start : start + _REMOVED_AT_ONCE]
             await self._run("remove", partial(_unlink, [self.path(name) for name in batch]))
@@ -267,39 +299,40 @@ class Upload:
 
     def __init__(self, spool: Spool, stem: str, part: Path) -> None:
         self._spool, self._stem, self._part = spool, stem, part
-        self._buffer = bytearray()
-        self._flushed_bytes = 0  # in the part file, before the buffer
-        self._path: Path | None = None  # its place, once finish() was called
+        self._chunks: list[bytes] = []  # behind what is in the part file
+        self._chunks_bytes = 0
+        self._flushed_bytes = 0
+        self._name = ""  # once finish() was called
         self._finished = self._aborted = self._touched_disk = False
 
     @property
     def size_bytes(self) -> int:
-        return self._flushed_bytes + len(self._buffer)
+        return self._flushed_bytes + self._chunks_bytes
 
-    async def write(self, data: bytes | memoryview) -> None:
+    async def write(self, data: bytes) -> None:
         """Raises SpoolFull."""
-        if self._path is not None or self._aborted:
+        if self._name or self._aborted:
             raise AssertionError("write after finish or abort")
-        before_bytes = self.size_bytes
-        self._spool._reserve(memoryview(data).nbytes)
-        self._buffer += data
-        if len(self._buffer) > _BUFFER_BYTES:
+        self._spool._reserve(len(data))
+        self._chunks.append(data)
+        self._chunks_bytes += len(data)
+        if self._chunks_bytes > _PIECE_BYTES:
             try:
                 await self._run("write", self._flush)
             except Unavailable:
-                self._spool._release(self.size_bytes - before_bytes)
-                del self._buffer[before_bytes - self._flushed_bytes :]
+                self._chunks.pop()
+                self._chunks_bytes -= len(data)
+                self._spool._release(len(data))
                 raise
-            self._flushed_bytes += len(self._buffer)
-            self._buffer = bytearray()
+            self._flushed_bytes, self._chunks, self._chunks_bytes = self.size_bytes, [], 0
 
     async def finish(self) -> str:
         """Returns its name: it is durable, and found."""
         if self._aborted:
             raise AssertionError("finish after abort")
-        if self._path is None:
-            self._path = self._spool.path(self._spool._new_name(self._stem))
-        path = self._path
+        self._name = self._name or self._spool._new_name(self._stem)
+        name = self._name
+        path = self._spool.path(name)
 
         def work() -> None:
             if path.exists():  # a repeated call: what failed was the fsync of the folder
@@ -309,12 +342,15 @@ class Upload:
             place(self._part, path, fsync=self._spool._fsync)
 
         if not self._finished:
-            await self._run("finish", work)
+            if self._touched_disk or self.size_bytes > self._spool._small_bytes or not self._spool._small_bytes:
+                await self._run("finish", work)
+            else:
+                await self._spool._segments.append(name, self._chunks)
             self._finished = True
             self._spool._release(self.size_bytes)
-            self._spool._keep(path.name, self.size_bytes)
-            self._flushed_bytes, self._buffer = self.size_bytes, bytearray()
-        return path.name
+            self._spool._keep(name, self.size_bytes)
+            self._flushed_bytes, self._chunks, self._chunks_bytes = self.size_bytes, [], 0
+        return name
 
     async def abort(self) -> None:
         """Nothing of it stays. After finish() it does nothing."""
@@ -323,20 +359,24 @@ class Upload:
         if not self._aborted:
             self._aborted = True
             self._spool._release(self.size_bytes)
-            self._buffer = bytearray()
+            self._chunks, self._chunks_bytes = [], 0
         if self._touched_disk:
             # gRPC cancels a handler twice: the second time here
             await asyncio.shield(self._spool._start("abort", self._discard))
+        elif self._name:  # its write, if it is under way, cannot be called back
+            self._spool._segments.drop([self._name])
 
     def _flush(self) -> None:
         """Behind what is there for certain: a flush that failed may have left a part of its bytes."""
-        with open(self._part, "r+b" if self._flushed_bytes else "wb") as file:
-            file.truncate(self._flushed_bytes)
-            file.seek(self._flushed_bytes)
-            file.write(self._buffer)
+        fd = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            os.ftruncate(fd, self._flushed_bytes)
+            write_all(fd, self._chunks, self._flushed_bytes)
+        finally:
+            os.close(fd)
 
     def _discard(self) -> None:
-        _unlink([self._part] if self._path is None else [self._part, self._path])
+        _unlink([self._part, self._spool.path(self._name)] if self._name else [self._part])
 
     async def _run(self, doing: str, work: Callable[[], None]) -> None:
         self._touched_disk = True

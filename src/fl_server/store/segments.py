@@ -1,0 +1,303 @@
+"""Small uploads, many in one file: what comes while a write is under way goes with the next one, in one call.
+
+A file of its own costs an upload of 100 kB thirty times as much as its bytes do. A segment is only appended to, and is
+removed when nothing in it is needed any more; one that holds little that is needed is emptied into the newest. After a
+crash it is read up to its first record that is not whole. What was dropped may be found again then: it is swept with
+what is too old. Methods are called on the loop, and only there, except read().
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import struct
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fl_server.store.disk import disk_errors, sync
+
+SEGMENT_BYTES = 32 * 1024 * 1024  # a larger one is closed
+RECENT_BYTES = 32 * 1024 * 1024  # of what was written last, still in memory
+_RECORD = struct.Struct("<4sIQ56s")  # magic, CRC-32 of the bytes (0: not taken), their number, the name
+_MAGIC = b"fl\x01u"
+_FILE = re.compile(r"[0-9]{12}\.segment")
+_MOST_PARTS = 512  # of one writev; IOV_MAX is 1024
+
+
+@dataclass(slots=True)
+class _Segment:
+    path: Path
+    end: int = 0  # where the next record begins
+    live: set[str] = field(default_factory=set)  # what is needed of it
+    live_bytes: int = 0
+    is_damaged: bool = False  # what is needed of it cannot be read: there is nothing to move
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    segment: _Segment
+    start: int
+    size_bytes: int
+    crc: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    name: str
+    chunks: Sequence[bytes]
+    size_bytes: int
+    done: asyncio.Future[None]
+
+
+class Segments:
+    """fsync: what append() has answered survives a loss of power, and not only the death of the process."""
+
+    def __init__(self, folder: Path, executor: Executor, *, fsync: bool) -> None:
+        self._folder, self._executor, self._fsync = folder, executor, fsync
+        self._places: dict[str, _Place] = {}
+        self._recent: OrderedDict[str, bytes] = OrderedDict()
+        self._recent_bytes = 0
+        self._open: _Segment | None = None  # the one that is appended to
+        self._closed: list[_Segment] = []
+        self._last_number = 0
+        self._pending: list[_Pending] = []
+        self._writing = False
+
+    def load(self) -> dict[str, int]:
+        """What an earlier process left: bytes by name. Blocking, before all else."""
+        for path in sorted(path for path in self._folder.iterdir() if _FILE.fullmatch(path.name)):
+            self._last_number = int(path.name.partition(".")[0])
+            segment = _Segment(path)
+            with path.open("rb", buffering=0) as file:
+                total_bytes = os.fstat(file.fileno()).st_size
+                while len(head := os.pread(file.fileno(), _RECORD.size, segment.end)) == _RECORD.size:
+                    magic, crc, size_bytes, name = _RECORD.unpack(head)
+                    start = segment.end + _RECORD.size
+                    if magic != _MAGIC or start + size_bytes > total_bytes:
+                        break
+                    self._locate(name.rstrip(b"\0").decode("ascii", "replace"), segment, start, size_bytes, crc)
+                    segment.end = start + size_bytes
+            self._closed.append(segment)
+        for segment in list(self._closed):
+            if not segment.live:
+                self._closed.remove(segment)
+                segment.path.unlink(missing_ok=True)
+        return {name: place.size_bytes for name, place in self._places.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def recent(self, name: str) -> bytes | None:
+        return self._recent.get(name)
+
+    def read(self, name: str) -> bytes:
+        """For any thread; blocking. Raises FileNotFoundError when it is not there, or not whole."""
+        while (place := self._places.get(name)) is not None:
+            if (recent := self._recent.get(name)) is not None:
+                return recent
+            try:
+                data = _read(place)
+            except FileNotFoundError:
+                if self._places.get(name) is not place:  # it was moved meanwhile
+                    continue
+                raise
+            if len(data) != place.size_bytes or (place.crc and zlib.crc32(data) != place.crc):
+                break
+            return data
+        raise FileNotFoundError(f"{name} is in no segment")
+
+    def lost(self, names: Iterable[str]) -> set[str]:
+        """Those whose bytes are not on the disk. Blocking."""
+        ends: dict[Path, int] = {}
+        lost = set()
+        for name in names:
+            if place := self._places.get(name):
+                path = place.segment.path
+                if path not in ends:
+                    ends[path] = path.stat().st_size if path.exists() else 0
+                if place.start + place.size_bytes > ends[path]:
+                    lost.add(name)
+        return lost
+
+    async def append(self, name: str, chunks: Sequence[bytes]) -> None:
+        """Returns when it is durable and found. Repeating it is allowed. Raises Unavailable.
+
+        Cancelled, it may still be written: whoever does that drops the name.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pending.append(_Pending(name, chunks, sum(map(len, chunks)), done))
+        self._write_next()
+        await done
+
+    def drop(self, names: Iterable[str]) -> None:
+        """They are not needed any more; names that are not here are passed over."""
+        for name in names:
+            self._forget_recent(name)
+            if place := self._places.pop(name, None):
+                _leave(place, name)
+        self._write_next()
+
+    # ---- one write at a time
+
+    def _write_next(self) -> None:
+        if self._writing:
+            return
+        batch = [one for one in self._pending if not one.done.cancelled()]
+        self._pending = []
+        moved = self._to_move()
+        empty = [segment for segment in self._closed if not segment.live]
+        if self._open and self._open.end and not self._open.live and not batch:
+            empty.append(self._open)
+            self._open = None
+        self._closed = [segment for segment in self._closed if segment.live]
+        if not (batch or moved or empty):
+            return
+        if self._open is None or self._open.end > SEGMENT_BYTES:
+            self._close_open()
+        target = self._open
+        self._writing = True
+
+        def work() -> list[tuple[str, int, int, int]]:
+            with disk_errors(f"spool {self._folder}: write"):
+                for segment in empty:
+                    segment.path.unlink(missing_ok=True)
+                records = [(one.name, one.chunks, one.size_bytes) for one in batch]
+                for name, place in moved:
+                    with contextlib.suppress(FileNotFoundError):  # whoever needs it will find that it is gone
+                        records.append((name, [_read(place)], place.size_bytes))
+                return self._append(target, records) if target and records else []
+
+        writing = asyncio.get_running_loop().run_in_executor(self._executor, work)
+        writing.add_done_callback(lambda written: self._written(written, batch, moved, target))
+
+    def _close_open(self) -> None:
+        if self._open is not None:
+            self._closed.append(self._open)
+        self._last_number += 1
+        self._open = _Segment(self._folder / f"{self._last_number:012}.segment")
+
+    def _to_move(self) -> list[tuple[str, _Place]]:
+        """Of the first closed segment of which less than a quarter is needed, a bounded part."""
+        for segment in self._closed:
+            if segment.live and segment.live_bytes * 4 < segment.end and not segment.is_damaged:
+                return [(name, self._places[name]) for name in list(segment.live)[:_MOST_PARTS]]
+        return []
+
+    def _append(
+        self, target: _Segment, records: Sequence[tuple[str, Sequence[bytes], int]]
+    ) -> list[tuple[str, int, int, int]]:
+        """In the executor. Name, start, size and CRC of each."""
+        written, parts, at = [], list[bytes](), target.end
+        for name, chunks, size_bytes in records:
+            crc = 0
+            if self._fsync:  # after a loss of power a record may be there whose bytes are not
+                for chunk in chunks:
+                    crc = zlib.crc32(chunk, crc)
+            parts += (_RECORD.pack(_MAGIC, crc, size_bytes, name.encode("ascii")), *chunks)
+            at += _RECORD.size
+            written.append((name, at, size_bytes, crc))
+            at += size_bytes
+        fd = os.open(target.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            try:
+                write_all(fd, parts, target.end)
+            except OSError:
+                os.ftruncate(fd, target.end)
+                raise
+            if self._fsync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        if self._fsync and not target.end:
+            sync(self._folder)
+        return written
+
+    def _written(
+        self,
+        writing: asyncio.Future[list[tuple[str, int, int, int]]],
+        batch: Sequence[_Pending],
+        moved: Sequence[tuple[str, _Place]],
+        target: _Segment | None,
+    ) -> None:
+        self._writing = False
+        if writing.cancelled() or (why := writing.exception()) is not None:
+            for one in batch:
+                if not one.done.done():
+                    if writing.cancelled():
+                        one.done.cancel()
+                    else:
+                        one.done.set_exception(why)  # type: ignore[arg-type]
+            if self._pending:
+                self._write_next()
+            return
+        waiting, places = {one.name: one for one in batch}, dict(moved)
+        for name, start, size_bytes, crc in writing.result():
+            assert target is not None
+            target.end = start + size_bytes
+            before = places.pop(name, None)
+            if name in waiting:
+                if waiting[name].done.cancelled():  # its bytes are nobody's
+                    continue
+                self._locate(name, target, start, size_bytes, crc)
+                self._remember(waiting[name])
+            elif self._places.get(name) is before:  # else it was dropped meanwhile
+                self._locate(name, target, start, size_bytes, crc)
+        for place in places.values():  # what was to be moved, and was not
+            place.segment.is_damaged = True
+        for one in batch:
+            if not one.done.done():
+                one.done.set_result(None)
+        self._write_next()
+
+    def _locate(self, name: str, segment: _Segment, start: int, size_bytes: int, crc: int) -> None:
+        if former := self._places.get(name):
+            _leave(former, name)
+        self._places[name] = _Place(segment, start, size_bytes, crc)
+        segment.live.add(name)
+        segment.live_bytes += size_bytes
+
+    # ---- what is still in memory
+
+    def _remember(self, one: _Pending) -> None:
+        self._forget_recent(one.name)
+        self._recent[one.name] = one.chunks[0] if len(one.chunks) == 1 else b"".join(one.chunks)
+        self._recent_bytes += one.size_bytes
+        while self._recent_bytes > RECENT_BYTES:
+            _, oldest = self._recent.popitem(last=False)
+            self._recent_bytes -= len(oldest)
+
+    def _forget_recent(self, name: str) -> None:
+        if (data := self._recent.pop(name, None)) is not None:
+            self._recent_bytes -= len(data)
+
+
+def _leave(place: _Place, name: str) -> None:
+    place.segment.live.discard(name)
+    place.segment.live_bytes -= place.size_bytes
+
+
+def write_all(fd: int, parts: Sequence[bytes], at: int) -> None:
+    """All of them, one after the other, from this offset on."""
+    for first in range(0, len(parts), _MOST_PARTS):
+        left = [memoryview(part) for part in parts[first : first + _MOST_PARTS] if part]
+        while left:
+            written = os.pwritev(fd, left, at)
+            at += written
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if left and written:
+                left[0] = left[0][written:]
+
+
+def _read(place: _Place) -> bytes:
+    fd = os.open(place.segment.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, place.size_bytes, place.start)
+    finally:
+        os.close(fd)
