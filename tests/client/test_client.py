@@ -16,7 +16,7 @@ import pytest
 
 from fl_client import Client, ClientError, TaskInfo, TrainResult
 from fl_client.wire import fl_pb2 as pb
-from fl_client.wire.codec import NpzFile, Parameters, decode, encode
+from fl_client.wire.codec import NUMPY, Parameters, decode, encode, read
 from tests.client.server_double import FAST, WAIT_S, Combiner, RestApi, joined, running
 
 MODEL = [np.arange(6.0, dtype=np.float32).reshape(2, 3), np.zeros(4)]
@@ -98,7 +98,7 @@ async def test_a_training_task_is_downloaded_trained_uploaded_and_reported_once(
     assert meta["training_metadata"] == {"num_examples": 10, "loss": 0.5, "worst": None}
     assert meta["config"] == sent.data
     assert {"fetch_model", "processing_time", "upload_model"} < set(meta)
-    assert [spec.name for spec in NpzFile(memoryview(data), max_bytes=10_000).layout] == ["w", "b"]
+    assert [spec.name for spec in read(data, NUMPY, max_bytes=10_000).layout] == ["w", "b"]
     np.testing.assert_array_equal(decode(data)[0], MODEL[0] + 1)
     expected = TaskInfo("t1", "train", "s", 3, 2, "m0", "a", {"rate": 0.1}, 99.5)
     assert infos == [expected]

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from fl_client.wire import codec
 from fl_client.wire.chunks import CHUNK_BYTES, split
 from fl_client.wire.codec import (
     BLOCK_BYTES,
     BadModel,
-    NpzFile,
     NpzWriter,
     check_update,
     decode,
@@ -71,7 +72,7 @@ def test_we_decode_what_numpy_writes(parameters: list[np.ndarray], compressed: b
 @given(st.lists(names, min_size=1, max_size=5, unique=True))
 def test_any_text_can_name_an_array(chosen: list[str]) -> None:
     data = encode([np.array(float(index)) for index in range(len(chosen))], chosen)
-    layout = NpzFile(memoryview(data), max_bytes=10_000).layout
+    layout = codec.read(data, codec.NUMPY, max_bytes=10_000).layout
     assert {spec.name for spec in layout} == set(chosen)
     with np.load(io.BytesIO(data)) as npz:
         assert set(npz.files) == set(chosen)
@@ -97,7 +98,7 @@ def test_an_empty_model_is_refused_when_read() -> None:
 )
 def test_arrays_come_by_number_or_else_in_the_order_of_the_file(given_order: list[str], read_order: list[str]) -> None:
     data = savez(**{name: np.zeros(1) for name in given_order})
-    assert [spec.name for spec in NpzFile(memoryview(data), max_bytes=10_000).layout] == read_order
+    assert [spec.name for spec in codec.read(data, codec.NUMPY, max_bytes=10_000).layout] == read_order
 
 
 def test_positional_numpy_files_are_read_in_order() -> None:
@@ -135,17 +136,38 @@ def test_npz_written_to_a_pipe_has_data_descriptors_and_is_read() -> None:
 @given(st.lists(arrays, min_size=1, max_size=4))
 def test_data_is_aligned_in_what_we_write(parameters: list[np.ndarray]) -> None:
     base = np.frombuffer(data := encode(parameters), np.uint8).ctypes.data
-    for view in NpzFile(memoryview(data), max_bytes=1 << 20).arrays():
+    file = codec.read(data, codec.NUMPY, max_bytes=1 << 20)
+    for index, array in enumerate(parameters):
+        view = file.values(index, 0, array.size, np.empty(0, np.uint8))
         assert view.size == 0 or (view.ctypes.data - base) % 64 == 0
 
 
-def test_mapped_arrays_are_read_only_views_that_outlive_the_file_object(tmp_path: Path) -> None:
+@given(st.lists(arrays, min_size=1, max_size=3), st.sampled_from(["stored", "deflated", "fortran"]), st.data())
+def test_any_stretch_of_values_is_read_aligned_and_in_c_order(
+    tmp_path_factory: pytest.TempPathFactory, parameters: list[np.ndarray], form: str, data: st.DataObject
+) -> None:
+    laid_out = [np.asfortranarray(array) for array in parameters] if form == "fortran" else parameters
+    raw = savez(form == "deflated", **{str(index): array for index, array in enumerate(laid_out)})
+    path = tmp_path_factory.mktemp("model") / "model"
+    path.write_bytes(raw)
+    for content in (raw, path):
+        with codec.open_model(content, codec.NUMPY, max_bytes=1 << 20) as file:
+            file.hold()
+            for index, array in enumerate(parameters):
+                begin = data.draw(st.integers(0, array.size))
+                end = data.draw(st.integers(begin, array.size))
+                values = file.values(index, begin, end, np.empty(array.nbytes, np.uint8))
+                assert values.flags.aligned
+                assert_same(values, array.reshape(-1)[begin:end])
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_a_bad_model(tmp_path: Path) -> None:
     path = tmp_path / "model"
-    path.write_bytes(encode([np.arange(1000.0), np.array(3)]))
-    with open_npz(path, max_bytes=100_000) as npz:
-        first, second = npz.arrays()
-    assert not first.flags.writeable and not first.flags.owndata
-    assert first.sum() == 499_500 and second == 3
+    path.write_bytes(encode([np.arange(100_000.0)]))
+    with open_npz(path, max_bytes=1 << 20) as npz:
+        os.truncate(path, 50_000)
+        with pytest.raises(BadModel, match="shorter"):
+            npz.copies()
 
 
 def test_blocks_are_the_whole_array_in_bounded_pieces(tmp_path: Path) -> None:
@@ -154,7 +176,7 @@ def test_blocks_are_the_whole_array_in_bounded_pieces(tmp_path: Path) -> None:
         path = tmp_path / "model"
         path.write_bytes(savez(compressed, a=big, b=np.zeros(0)))
         with open_npz(path, max_bytes=1 << 30) as npz:
-            blocks = list(npz.blocks(0))
+            blocks = [block.copy() for block in npz.blocks(0)]
             assert max(block.nbytes for block in blocks) <= BLOCK_BYTES
             np.testing.assert_array_equal(np.concatenate(blocks), big)
             assert list(npz.blocks(1)) == []
@@ -163,21 +185,28 @@ def test_blocks_are_the_whole_array_in_bounded_pieces(tmp_path: Path) -> None:
 def test_written_by_blocks_is_byte_for_byte_what_encode_makes(tmp_path: Path) -> None:
     matrix = np.arange(30.0, dtype=np.float32).reshape(5, 6)
     path = tmp_path / "model"
-    with NpzWriter(path) as writer:
-        writer.add("0", matrix.dtype, matrix.shape, (row for row in matrix))
-        writer.add("1", np.dtype(np.int64), (), [np.array(7)])
+    layout = (codec.ArraySpec("0", matrix.dtype, matrix.shape), codec.ArraySpec("1", np.dtype(np.int64), (1,)))
+    with NpzWriter(path, layout) as writer:
+        writer.write(0, matrix[0])
+        writer.write(1, np.array([7]))  # arrays may come in turn
+        for row in matrix[1:]:
+            writer.write(0, row)
     data = path.read_bytes()
-    assert data == encode([matrix, np.array(7)])
+    assert data == encode([matrix, np.array([7])])
     assert writer.sha256 == hashlib.sha256(data).hexdigest()
     assert writer.size_bytes == len(data)
 
 
 def test_blocks_that_do_not_fit_leave_no_file(tmp_path: Path) -> None:
     path = tmp_path / "model"
-    with pytest.raises(ValueError, match="blocks of 8 bytes, expected 16"), NpzWriter(path) as writer:
-        writer.add("0", np.dtype(np.float64), (2,), [np.zeros(1)])
-    with pytest.raises(ValueError, match="a block of float32, expected float64"), NpzWriter(path) as writer:
-        writer.add("0", np.dtype(np.float64), (1,), [np.zeros(1, np.float32)])
+    layout = (codec.ArraySpec("0", np.dtype(np.float64), (2,)),)
+    for block, fault in (
+        (np.zeros(1), "blocks of 8 bytes, expected 16"),
+        (np.zeros(3), "blocks of 24 bytes, expected 16"),
+        (np.zeros(2, np.float32), "a block of float32, expected float64"),
+    ):
+        with pytest.raises(ValueError, match=fault), NpzWriter(path, layout) as writer:
+            writer.write(0, block)
     assert not path.exists()
 
 
@@ -198,8 +227,11 @@ MODEL = [np.zeros((2, 3), np.float32), np.zeros(4)]
 def checked(tmp_path: Path, data: bytes, expected: list[np.ndarray] | None = None) -> str | None:
     path = tmp_path / "update"
     path.write_bytes(data)
-    layout = NpzFile(memoryview(encode(MODEL if expected is None else expected)), max_bytes=1 << 30).layout
-    return check_update(path, layout, max_bytes=1 << 30, stored_copy=tmp_path / "stored")
+    layout = codec.read(encode(MODEL if expected is None else expected), codec.NUMPY, max_bytes=1 << 30).layout
+    said = check_update(path, layout, max_bytes=1 << 30, stored_copy=tmp_path / "stored")
+    assert check_update(data, layout, max_bytes=1 << 30).fault == said.fault
+    assert said.stored == (tmp_path / "stored").exists()
+    return said.fault
 
 
 def test_an_update_may_have_other_dtypes(tmp_path: Path) -> None:
@@ -212,7 +244,7 @@ def test_a_deflated_update_is_kept_in_stored_form(tmp_path: Path) -> None:
     assert checked(tmp_path, savez(True, **{"0": weights, "1": np.arange(4)})) is None
     with open_npz(tmp_path / "stored", max_bytes=10_000) as npz:
         assert not npz.deflated
-        first, second = npz.arrays()
+        first, second = npz.copies()
         np.testing.assert_array_equal(first, weights)
         np.testing.assert_array_equal(second, np.arange(4))
 
@@ -241,7 +273,7 @@ def test_the_fault_of_an_update_is_named(
 def test_values_whose_squares_overflow_are_finite(tmp_path: Path) -> None:
     huge = [np.full((2, 3), 3e38, np.float32), np.full(4, 1e308)]
     assert checked(tmp_path, encode(huge)) is None
-    assert parameters_fault(huge, NpzFile(memoryview(encode(MODEL)), max_bytes=1000).layout) is None
+    assert parameters_fault(huge, codec.read(encode(MODEL), codec.NUMPY, max_bytes=1000).layout) is None
 
 
 def test_a_nan_in_a_late_block_is_found_where_it_is(tmp_path: Path) -> None:
@@ -249,14 +281,14 @@ def test_a_nan_in_a_late_block_is_found_where_it_is(tmp_path: Path) -> None:
     big[-2] = np.nan
     fault = f"array '0' is not finite: nan at flat index {big.size - 2}"
     assert checked(tmp_path, encode([big]), [big]) == fault
-    layout = NpzFile(memoryview(encode([big])), max_bytes=1 << 30).layout
+    layout = codec.read(encode([big]), codec.NUMPY, max_bytes=1 << 30).layout
     assert parameters_fault([big], layout) == fault
 
 
 def test_any_layout_is_taken_where_none_is_expected(tmp_path: Path) -> None:
     path = tmp_path / "seed"
     path.write_bytes(encode([np.ones(3)]))
-    assert check_update(path, None, max_bytes=10_000) is None
+    assert check_update(path, None, max_bytes=10_000).fault is None
 
 
 @given(st.binary(max_size=50), st.integers(1, 20))

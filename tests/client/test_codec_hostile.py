@@ -7,6 +7,7 @@ import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from fl_client.wire.codec import MAX_ARRAYS, BadModel, NpzFile, check_update, decode, encode
+from fl_client.wire import codec, npz
+from fl_client.wire.codec import MAX_ARRAYS, BadModel, check_update, decode, encode
 
 
 def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
@@ -68,6 +70,31 @@ def declared(size_bytes: int, after: bytes = b"") -> bytes:
     data = patched(data, CENTRAL, 10, struct.pack("<H", 8))
     return patched(data, CENTRAL, 24, struct.pack("<L", size_bytes))
 
+
+class Pipe(io.RawIOBase):
+    """Where a zip is written to with data descriptors."""
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.written += data
+        return len(data)
+
+    def tell(self) -> int:
+        raise OSError("a pipe has no position")
+
+
+def piped(**arrays: np.ndarray) -> bytes:
+    pipe = Pipe()
+    np.savez(pipe, **arrays)  # type: ignore[arg-type]
+    return bytes(pipe.written)
+
+
+PIPED = piped(a=np.arange(3.0), b=np.arange(4))
 
 with pytest.warns(UserWarning, match="Duplicate name"):
     TWICE = zipped(("0.npy", npy(np.arange(4.0))), ("0.npy", npy(np.arange(4.0))))
@@ -163,7 +190,8 @@ def test_bad_bytes_are_refused_with_the_reason(fault: str, tmp_path: Path) -> No
     assert "\n" not in message and len(message) < 250
     path = tmp_path / "update"
     path.write_bytes(data)
-    said = check_update(path, None, max_bytes=1_000_000, stored_copy=tmp_path / "stored")
+    said = check_update(path, None, max_bytes=1_000_000, stored_copy=tmp_path / "stored").fault
+    assert check_update(data, None, max_bytes=1_000_000).fault == said
     assert said is not None and reason in said
     assert not (tmp_path / "stored").exists()
 
@@ -181,7 +209,7 @@ def test_zip64_archives_are_read() -> None:
     with zipfile.ZipFile(out, "w") as archive:
         for index in range(70_000):  # more than 16 bits can count
             archive.writestr(f"{index}.npy", HEAD_OF_NOTHING)
-    assert len(NpzFile(memoryview(out.getvalue()), max_bytes=100_000_000).layout) == 70_000
+    assert len(codec.read(out.getvalue(), codec.NUMPY, max_bytes=100_000_000).layout) == 70_000
 
 
 HEAD_OF_NOTHING = npy(np.zeros(0))
@@ -231,6 +259,61 @@ def damaged(draw: Callable[[st.SearchStrategy[Any]], Any], data: bytes) -> bytes
         if not broken:
             break
     return bytes(broken)
+
+
+def verdict(data: bytes) -> object:
+    try:
+        return codec.read(data, codec.NUMPY, max_bytes=100_000)._members  # type: ignore[attr-defined]
+    except BadModel as refusal:
+        return str(refusal)
+
+
+def unrecognised(data: bytes) -> object:
+    """As by a process that has read no npz before."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(npz, "_structures", {})
+        return verdict(data)
+
+
+@settings(max_examples=1000)
+@given(st.data())
+def test_an_npz_like_the_one_before_is_read_as_if_there_had_been_none(data: st.DataObject) -> None:
+    """Times and CRCs are not looked at, nor is a descriptor's content; any other byte counts as ever."""
+    original = data.draw(st.sampled_from([GOOD, TWO, encode([np.ones((2, 2)), np.ones(3)], ["a", "b"]), PIPED]))
+    verdict(original)
+    changed = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 2))):
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    found, expected = verdict(bytes(changed)), unrecognised(bytes(changed))
+    assert without_crc(found) == without_crc(expected)
+
+
+def test_every_byte_of_the_structure_counts() -> None:
+    for original in (TWO, PIPED):
+        for at in range(len(original)):
+            verdict(original)
+            changed = original[:at] + bytes([original[at] ^ 0x41]) + original[at + 1 :]
+            assert without_crc(verdict(changed)) == without_crc(unrecognised(changed)), at
+
+
+def test_a_model_that_is_recognised_may_be_larger_than_another_caller_allows() -> None:
+    verdict(TWO)
+    with pytest.raises(BadModel, match="larger than the 100 bytes"):
+        codec.read(TWO, codec.NUMPY, max_bytes=100)
+
+
+def test_only_the_last_few_structures_are_remembered() -> None:
+    for size in range(30):
+        verdict(encode([np.zeros(size)]))
+    assert len(npz._structures) <= 8
+
+
+def without_crc(members: object) -> object:
+    """Of stored members it is not looked at."""
+    if isinstance(members, str):
+        return members
+    assert isinstance(members, tuple)
+    return [replace(member, crc=0) if not member.deflated else member for member in members]
 
 
 @settings(max_examples=500)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_server.core.aggregate import BLOCK_ELEMENTS, Abandoned, Parameters, WeightedMean, result_dtype
+from fl_server.core.aggregate import (
+    BLOCK_ELEMENTS,
+    STRIPE_ELEMENTS,
+    Abandoned,
+    Parameters,
+    WeightedMean,
+    result_dtype,
+    stripes,
+)
 
 Update = tuple[Parameters, float]
 
@@ -29,11 +37,16 @@ def some_updates(seed: int, count: int, dtype: str = "float32") -> list[Update]:
     ]
 
 
+def sums_of(updates: Sequence[Update]) -> list[WeightedMean]:
+    """One of each array."""
+    sums = [WeightedMean(int(np.prod(shape))) for shape in SHAPES]
+    for index, mean in enumerate(sums):
+        mean.fold((update[index].reshape(-1), num_examples) for update, num_examples in updates)
+    return sums
+
+
 def mean_of(updates: Sequence[Update]) -> Parameters:
-    mean = WeightedMean()
-    for update, num_examples in updates:
-        mean.fold(update, num_examples)
-    return mean.finish()
+    return [mean.finish().reshape(shape) for mean, shape in zip(sums_of(updates), SHAPES, strict=True)]
 
 
 def assert_is_mean(mean: Parameters, updates: Sequence[Update]) -> None:
@@ -81,95 +94,106 @@ def test_another_order_of_folding_stays_within_the_tolerance(seed: int, order: l
 @given(seeds, st.integers(0, 8))
 def test_merged_partial_sums_are_the_mean_of_all(seed: int, cut: int) -> None:
     updates = some_updates(seed, 8)
-    parts = WeightedMean(), WeightedMean()
-    for index, (update, num_examples) in enumerate(updates):
-        parts[index >= cut].fold(update, num_examples)
-    parts[0].merge(parts[1])
-    assert (parts[0].num_updates, parts[0].weight) == (8, sum(weight for _, weight in updates))
-    assert_is_mean(parts[0].finish(), updates)
+    mean = []
+    for one, other, shape in zip(sums_of(updates[:cut]), sums_of(updates[cut:]), SHAPES, strict=True):
+        one.merge(other)
+        assert (one.num_updates, one.weight) == (8, sum(weight for _, weight in updates))
+        mean.append(one.finish().reshape(shape))
+    assert_is_mean(mean, updates)
 
 
-@pytest.mark.parametrize("order", ["C", "F", "strided", "reversed"])
-def test_the_memory_order_of_an_update_does_not_matter(order: str) -> None:
-    size = 2 * BLOCK_ELEMENTS + 6
-    plain = np.arange(size, dtype=np.float32).reshape(2, -1)
-    laid_out = {
-        "C": plain.copy(),
-        "F": np.asfortranarray(plain),
-        "strided": np.repeat(plain, 2, axis=1)[:, ::2],
-        "reversed": plain[::-1].copy()[::-1],
-    }[order]
-    assert same_bits(mean_of([([laid_out], 3), ([plain], 1)]), [plain.astype(np.float64)])
-
-
-def test_a_read_only_map_of_a_file_is_folded_as_it_is(tmp_path: Path) -> None:
-    np.save(tmp_path / "update.npy", np.arange(6, dtype=np.float32).reshape(2, 3))
-    mapped = np.load(tmp_path / "update.npy", mmap_mode="r")
-    assert not mapped.flags.writeable
-    assert mean_of([([mapped], 2.5)])[0].tolist() == [[0, 1, 2], [3, 4, 5]]
-
-
-def test_inputs_are_left_as_they_were() -> None:
-    update = [np.ones(4)]
-    mean = WeightedMean()
-    mean.fold(update, 7)
-    mean.fold(update, 7)
+def test_inputs_are_left_as_they_were_and_may_be_read_only() -> None:
+    update = np.ones(4)
+    update.flags.writeable = False
+    mean = WeightedMean(4)
+    mean.fold([(update, 7), (update, 7)])
     mean.finish()
-    assert update[0].tolist() == [1, 1, 1, 1]
+    assert update.tolist() == [1, 1, 1, 1]
 
 
-def _after(blocks: int) -> Callable[[], bool]:
-    asked = iter([False] * blocks + [True])
+def test_an_update_may_be_gone_when_the_next_one_comes() -> None:
+    """As when all are read into one buffer."""
+    buffer = np.empty(2 * BLOCK_ELEMENTS + 1, np.float32)
+
+    def read() -> Iterator[tuple[np.ndarray, float]]:
+        for value in (1.0, 2.0, 6.0):
+            buffer[:] = value
+            yield buffer, 1
+
+    mean = WeightedMean(buffer.size)
+    mean.fold(read())
+    assert np.all(mean.finish() == 3)
+
+
+def _after(updates: int) -> Callable[[], bool]:
+    asked = iter([False] * updates + [True])
     return lambda: next(asked)
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 3])
-def test_stop_is_asked_before_each_block_and_what_is_half_folded_cannot_be_used(blocks: int) -> None:
-    mean, update = WeightedMean(), [np.ones(2 * BLOCK_ELEMENTS), np.ones(2 * BLOCK_ELEMENTS)]
-    mean.fold(update, 1)
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_stop_is_asked_before_each_update_and_what_is_half_folded_cannot_be_used(updates: int) -> None:
+    mean, update = WeightedMean(3), (np.ones(3), 1)
+    mean.fold([update])
     with pytest.raises(Abandoned):
-        mean.fold(update, 1, stop=_after(blocks))
+        mean.fold([update] * 4, stop=_after(updates))
     with pytest.raises(AssertionError, match="spoiled"):
-        mean.fold(update, 1)
+        mean.fold([update])
     with pytest.raises(AssertionError, match="spoiled"):
         mean.finish()
     with pytest.raises(AssertionError, match="spoiled"):
-        WeightedMean().merge(mean)
+        WeightedMean(3).merge(mean)
 
 
 def test_a_fold_that_is_not_stopped_goes_through() -> None:
-    mean = WeightedMean()
-    mean.fold([np.ones(BLOCK_ELEMENTS + 1)], 2, stop=lambda: False)
-    assert mean.num_updates == 1 and np.all(mean.finish()[0] == 1)
+    mean = WeightedMean(BLOCK_ELEMENTS + 1)
+    mean.fold([(np.ones(BLOCK_ELEMENTS + 1), 2)], stop=lambda: False)
+    assert mean.num_updates == 1 and np.all(mean.finish() == 1)
 
 
 @pytest.mark.parametrize(
     ("second", "error"),
     [
-        ([np.ones((2, 3)), np.ones(2)], AssertionError),
-        ([np.ones(6)], AssertionError),
-        ([np.ones((2, 3), dtype=np.complex128)], TypeError),
-        ([np.full((2, 3), 1e308)], FloatingPointError),
+        (np.ones(5), AssertionError),
+        (np.ones((2, 3)), AssertionError),
+        (np.ones(6, dtype=np.complex128), TypeError),
+        (np.full(6, 1e308), FloatingPointError),
     ],
-    ids=["another count", "another shape", "complex", "out of float64's range"],
+    ids=["another size", "another shape", "complex", "out of float64's range"],
 )
-def test_what_cannot_be_added_raises_and_spoils_the_sum(second: Parameters, error: type[Exception]) -> None:
-    mean = WeightedMean()
-    mean.fold([np.ones((2, 3))], 1)
+def test_what_cannot_be_added_raises_and_spoils_the_sum(second: np.ndarray, error: type[Exception]) -> None:
+    mean = WeightedMean(6)
+    mean.fold([(np.ones(6), 1)])
     with pytest.raises(error):
-        mean.fold(second, 1000)
+        mean.fold([(second, 1000)])
     with pytest.raises(AssertionError):
         mean.finish()
 
 
 def test_a_mean_of_nothing_and_a_second_finish_are_bugs() -> None:
     with pytest.raises(AssertionError, match="no updates"):
-        WeightedMean().finish()
-    mean = WeightedMean()
-    mean.fold([np.ones(2)], 1)
+        WeightedMean(2).finish()
+    mean = WeightedMean(2)
+    mean.fold([(np.ones(2), 1)])
     mean.finish()
     with pytest.raises(AssertionError, match="spent"):
         mean.finish()
+
+
+@given(st.lists(st.integers(0, 3 * STRIPE_ELEMENTS), max_size=6), st.randoms())
+def test_stripes_hold_every_value_once_in_the_order_asked_for_and_are_full_but_for_the_last(
+    sizes: list[int], random: Random
+) -> None:
+    order = list(range(len(sizes)))
+    random.shuffle(order)
+    cut = list(stripes(sizes, order))
+    at = dict.fromkeys(order, 0)
+    for piece in (piece for stripe in cut for piece in stripe):
+        assert piece.begin == at[piece.index] < piece.end
+        at[piece.index] = piece.end
+    assert at == dict(enumerate(sizes))
+    met = [piece.index for stripe in cut for piece in stripe]
+    assert list(dict.fromkeys(met)) == [index for index in order if sizes[index]]
+    assert all(sum(piece.size for piece in stripe) == STRIPE_ELEMENTS for stripe in cut[:-1])
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,12 @@ FEDN: dict[str, list[tuple[list[float], list[float]]]] = {
 
 
 def mean_of_a_and_b() -> Parameters:
-    mean = WeightedMean()
-    mean.fold(A, 10)
-    mean.fold(B, 30)
-    return mean.finish()
+    means = []
+    for a, b in zip(A, B, strict=True):
+        mean = WeightedMean(a.size)
+        mean.fold([(a, 10), (b, 30)])
+        means.append(mean.finish())
+    return means
 
 
 @pytest.mark.parametrize("name", FEDN)

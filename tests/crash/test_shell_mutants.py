@@ -57,11 +57,10 @@ MUTANTS = {
         "                            loop = asyncio.get_running_loop()\n"
         "                            loop.call_later(2, lambda: asyncio.ensure_future(upload.finish()))\n",
     ),
-    "a fold is not compared with the set": (
+    "an update that is gone is waited for": (
         "scheduler/aggregation.py",
-        "        if self._folded != blobs[: len(self._folded)] or self._attempt != (job.round, job.attempt):\n"
-        "            self._restart()\n",
-        "",
+        "        case FileNotFoundError():",
+        "        case NotADirectoryError():",
     ),
     "a model's id does not depend on its bytes": (
         "scheduler/aggregation.py",
@@ -92,11 +91,6 @@ MUTANTS = {
         "scheduler/intake.py",
         "await self._scheduler.insist(spool.replace, blob, stored)",
         "await spool.replace(blob, stored)",
-    ),
-    "a damaged early fold ends the session": (
-        "scheduler/aggregation.py",
-        "with contextlib.suppress(Exception):  # Aggregate",
-        "with contextlib.suppress(Unavailable):  # Aggregate",
     ),
 }
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import io
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 from fl_client.wire import codec
+from fl_server.core.aggregate import STRIPE_ELEMENTS
 from fl_server.core.events import Aggregate, Aggregated, Broken, Discard, EffectFailed, Event, Fold, UpdateLost
 from fl_server.core.model import (
     ClientId,
@@ -26,7 +30,9 @@ from fl_server.core.model import (
     UpdateId,
     Verdict,
 )
+from fl_server.core.server_opt import FedAvg
 from fl_server.errors import Unavailable
+from fl_server.scheduler import aggregation
 from fl_server.scheduler.aggregation import Aggregation, Workshop
 from fl_server.store.files import FileBlobStore
 from fl_server.store.spool import Spool
@@ -39,11 +45,11 @@ class Bench:
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor, config: SessionConfig) -> None:
         self.models, self.spool = FileBlobStore(folder / "models", pool), Spool(folder / "spool", pool, max_bytes=10**9)
-        work = folder / "work"
-        work.mkdir()
+        self.folder = folder / "work"
+        self.folder.mkdir()
         self.told: asyncio.Queue[Event] = asyncio.Queue()
         self.tries = 0  # that may be Unavailable
-        workshop = Workshop(self.models, self.spool, pool, work, 10**9)
+        workshop = Workshop(self.models, self.spool, pool, self.folder, 10**9)
         self.aggregation = Aggregation(SessionId("s"), lambda: config, workshop, self.insist, self.told.put)
 
     async def insist(self, work: Any, *args: Any) -> Any:
@@ -56,11 +62,21 @@ class Bench:
                 self.tries -= 1
 
     async def report(self, client: str, *arrays: np.ndarray, num_examples: float = 1, attempt: int = 1) -> Report:
+        return await self.send(client, codec.encode(arrays), num_examples, attempt)
+
+    async def send(self, client: str, update: bytes, num_examples: float = 1, attempt: int = 1) -> Report:
         upload = await self.spool.begin(client, f"u-{client}")
-        await upload.write(codec.encode(arrays))
+        await upload.write(update)
         task = Task(SessionId("s"), 1, attempt, TaskKind.TRAIN, ClientId(client))
-        update = ModelUpdate(UpdateId(f"u-{client}"), await upload.finish(), num_examples)
-        return Report(task, update, Verdict.ACCEPTED)
+        sent = ModelUpdate(UpdateId(f"u-{client}"), await upload.finish(), num_examples)
+        return Report(task, sent, Verdict.ACCEPTED)
+
+    def keep_in_memory(self) -> None:
+        """As the spool does with small uploads."""
+        self.spool.content = lambda name: self.spool.path(name).read_bytes()  # type: ignore[method-assign]
+
+    def forget(self) -> None:
+        self.spool.content = self.spool.path  # type: ignore[method-assign]
 
     async def outcome(self, *orders: Fold | Aggregate) -> Event:
         for order in orders:
@@ -113,7 +129,7 @@ async def test_what_was_folded_early_is_dropped_when_another_set_is_aggregated(b
     assert parameters[0].tolist() == [50.5] * 3
 
 
-async def test_folding_early_gives_the_same_model_as_folding_at_the_close(bench: Bench) -> None:
+async def test_an_order_to_fold_early_changes_nothing(bench: Bench) -> None:
     draw = np.random.default_rng(3)
     reports = [await bench.report(client, *(a + draw.normal(size=a.shape) for a in arrays(0.1))) for client in "abcd"]
     early, _ = await bench.model(*map(Fold, reports[:3]), Aggregate(SEED, 1, 1, tuple(reports)))
@@ -190,14 +206,100 @@ async def test_a_global_model_that_vanishes_between_its_path_and_its_reading_is_
     assert parameters[0].tolist() == [2.0] * 3
 
 
-async def test_an_abandoned_attempt_leaves_no_sum_in_memory(bench: Bench) -> None:
-    a = await bench.report("a", *arrays(1.0))
-    barrier = Aggregate(GlobalModel(ModelId("gone")), 1, 2, ())  # told without touching a sum, after all before it
-    await bench.outcome(Fold(a), barrier)
-    assert bench.aggregation._mean.num_updates == 1
-    bench.aggregation.abandon(Discard(1, 1, ()))
-    await bench.outcome(barrier)
-    assert bench.aggregation._mean.num_updates == 0
+@pytest.mark.parametrize("limit", ["MOST_FILES", "MOST_HELD_BYTES"])
+async def test_updates_folded_in_groups_give_the_same_model(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """More than may be open, or more in memory than may be held, at once."""
+    draw = np.random.default_rng(3)
+    seven = [await bench.report(c, *(a + draw.normal(size=a.shape) for a in arrays(0.1))) for c in "abcdefg"]
+    at_once, _ = await bench.model(Aggregate(SEED, 1, 1, tuple(seven)))
+    if limit == "MOST_HELD_BYTES":
+        bench.keep_in_memory()
+    monkeypatch.setattr(aggregation, limit, 2 if limit == "MOST_FILES" else 1000)
+    in_groups, _ = await bench.model(Aggregate(SEED, 1, 1, tuple(seven)))
+    assert at_once == in_groups, "the id is made from the bytes"
+
+
+async def test_the_form_in_which_an_update_was_sent_does_not_show_in_the_model(bench: Bench) -> None:
+    """Stored or deflated, in Fortran order or in C, in memory or in a file."""
+    draw = np.random.default_rng(3)
+    updates = {client: [draw.normal(size=array.shape) for array in arrays(0)] for client in "abc"}
+
+    def savez(save: Any, order: Any, given: list[np.ndarray]) -> bytes:
+        out = io.BytesIO()
+        save(out, *(np.asarray(array, order=order) for array in given))
+        return out.getvalue()
+
+    await bench.models.put("seed", savez(np.savez, "C", list(arrays(0))))
+    made = set()
+    for save in (np.savez, np.savez_compressed):
+        for order in "CF":
+            reports = [await bench.send(client, savez(save, order, given)) for client, given in updates.items()]
+            made.add((await bench.model(Aggregate(SEED, 1, 1, tuple(reports))))[0].id)
+            bench.keep_in_memory()
+            made.add((await bench.model(Aggregate(SEED, 1, 1, tuple(reports))))[0].id)
+            bench.forget()
+    assert len(made) == 1
+
+
+async def test_an_update_that_shrinks_or_vanishes_while_it_is_folded_is_told_as_lost_or_does_not_matter(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = np.ones(2 * STRIPE_ELEMENTS, np.float32)
+    await bench.models.put("seed", codec.encode([big]))
+    a, b = await bench.report("a", big), await bench.report("b", 3 * big)
+    path, step = bench.spool.path(b.update.blob), FedAvg.step
+
+    def once_begun(do: Callable[[], None]) -> None:
+        def stepped(*given: Any) -> Any:
+            if given[1][0].size:  # of a stripe
+                do()
+            return step(*given)
+
+        monkeypatch.setattr(FedAvg, "step", stepped)
+
+    once_begun(lambda: path.unlink(missing_ok=True))
+    _, [mean] = await bench.model(Aggregate(SEED, 1, 1, (a, b)))
+    assert np.all(mean == 2)
+    path.write_bytes(codec.encode([big]))
+    once_begun(lambda: os.truncate(path, 1000))
+    lost = await bench.outcome(Aggregate(SEED, 1, 1, (a, b)))
+    assert isinstance(lost, UpdateLost)
+    assert (lost.task, lost.why) == (b.task, "its file is damaged: the file has become shorter while it was read")
+    assert [left.name for left in bench.folder.iterdir()] == [], "a model that is half written"
+
+
+async def test_an_update_of_another_layout_than_the_model_is_told_as_lost(bench: Bench) -> None:
+    other = await bench.report("a", *arrays(1.0), np.zeros(2))
+    lost = await bench.outcome(Aggregate(SEED, 1, 1, (other,)))
+    assert isinstance(lost, UpdateLost)
+    assert lost.why == "its file is damaged: 3 arrays, expected 2"
+
+
+def test_results_come_in_order_whoever_made_them_and_whichever_thread_is_free() -> None:
+    for free in range(4):
+        with ThreadPoolExecutor(4) as pool:
+            release = threading.Event()
+            busy = [pool.submit(release.wait, 30) for _ in range(3 - free)]
+            made = pool.submit(lambda: list(aggregation._in_order(pool, lambda number: number * 2, range(100)))).result(
+                30
+            )
+            assert made == [item * 2 for item in range(100)]
+            release.set()
+            assert all(one.result(30) for one in busy)
+
+
+def test_what_one_thread_raises_ends_the_work_of_all() -> None:
+    def work(item: int) -> int:
+        if item == 7:
+            raise OSError("7")
+        return item
+
+    with ThreadPoolExecutor(2) as pool:
+        made = aggregation._in_order(pool, work, range(100))
+        with pytest.raises(OSError, match="7"):
+            list(made)
 
 
 class TestWithMoments:

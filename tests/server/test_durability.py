@@ -78,7 +78,6 @@ def test_a_file_that_the_spool_loses_in_the_round_is_fetched(tmp_path: Path) -> 
             assert await a.train(await a.task(), 2.0) == "ACCEPTED"
             for file in (tmp_path / "spool").iterdir():
                 file.unlink()
-            made.scheduler._sessions[SessionId(session)]._aggregation._restart()  # what it has folded is soft
             assert await b.train(await b.task(), 4.0) == "ACCEPTED"
             return await made.result(session)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
 from fl_server.core.events import ClientAttached
 from fl_server.core.model import ClientId, GlobalModel, ModelId, SessionConfig, SessionId, SessionRecord, UpdateId
@@ -126,11 +127,11 @@ async def test_a_check_whose_caller_left_leaves_no_file(tmp_path: Path) -> None:
     """In real threads: the check goes on when its caller is cancelled."""
     begun, go_on = threading.Event(), threading.Event()
 
-    def check_update(path: Path, layout: Any, *, stored_copy: Path, **how: Any) -> str | None:
+    def check_update(path: Path, layout: Any, *, stored_copy: Path, **how: Any) -> codec.Checked:
         begun.set()
         assert go_on.wait(30)
         stored_copy.write_bytes(b"inflated")
-        return None
+        return codec.Checked(None, stored=True)
 
     with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patched:
         patched.setattr("fl_server.scheduler.intake.codec.check_update", check_update)

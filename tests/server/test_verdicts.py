@@ -259,7 +259,7 @@ async def test_a_report_that_is_sent_again_while_the_first_is_being_checked_is_a
     copies: list[Path] = []
     check = codec.check_update
 
-    def noted(path: Path, expected: codec.Layout | None, **said: Any) -> str | None:
+    def noted(path: Path, expected: codec.Layout | None, **said: Any) -> codec.Checked:
         if expected is not None:  # not the seed
             copies.append(said["stored_copy"])
         return check(path, expected, **said)

@@ -6,19 +6,30 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from fl_client.wire.layout import Array, ArraySpec, BadModel, Layout, PlainFile, plain_bytes, refuse_dtype, short
+from fl_client.wire.layout import (
+    Array,
+    ArraySpec,
+    BadModel,
+    Disk,
+    Layout,
+    Memory,
+    ModelFile,
+    plain_bytes,
+    refuse_dtype,
+    short,
+)
 
 DTYPE = np.dtype("<f8")
 
 
-def read(data: memoryview, *, max_bytes: int) -> PlainFile:
+def read(source: Memory | Disk, *, max_bytes: int) -> ModelFile:
     """One array, named "0". Raises BadModel."""
-    data = data.cast("B").toreadonly()
-    if len(data) % DTYPE.itemsize or not data:
-        raise BadModel(f"{len(data)} bytes are no flat array of float64: a multiple of {DTYPE.itemsize} needed")
-    if len(data) > max_bytes:
+    size_bytes = source.size_bytes
+    if size_bytes % DTYPE.itemsize or not size_bytes:
+        raise BadModel(f"{size_bytes} bytes are no flat array of float64: a multiple of {DTYPE.itemsize} needed")
+    if size_bytes > max_bytes:
         raise BadModel(f"the model's arrays are larger than the {max_bytes} bytes allowed")
-    return PlainFile(data, (ArraySpec("0", DTYPE, (len(data) // DTYPE.itemsize,)),), [0])
+    return ModelFile(source, (ArraySpec("0", DTYPE, (size_bytes // DTYPE.itemsize,)),), [0])
 
 
 def chunks(layout: Layout, arrays: Sequence[Iterable[Array]]) -> Iterator[memoryview]:

@@ -7,9 +7,8 @@ is compared with the file, every byte of the file must belong to an array, and a
 from __future__ import annotations
 
 import hashlib
-import io
-import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fl_client.wire import binary, safetensors
+from fl_client.wire import binary, npz, safetensors
 from fl_client.wire.layout import (
     ALIGN_BYTES,
     BLOCK_BYTES,
@@ -26,15 +25,19 @@ from fl_client.wire.layout import (
     Array,
     ArraySpec,
     BadModel,
+    Disk,
     Layout,
+    Memory,
     ModelFile,
     Parameters,
     finite_blocks,
+    finite_fault,
     layout_fault,
     parameters_fault,
     short,
+    squares_are_finite,
 )
-from fl_client.wire.npz import Archive, NpzFile, NpzWriter
+from fl_client.wire.npz import NpzFile, NpzWriter
 
 __all__ = [
     "ALIGN_BYTES",
@@ -49,6 +52,7 @@ __all__ = [
     "Array",
     "ArraySpec",
     "BadModel",
+    "Checked",
     "Layout",
     "ModelFile",
     "NpzFile",
@@ -67,6 +71,7 @@ __all__ = [
     "recognised_file",
     "store_seed",
     "write",
+    "writing_order",
 ]
 
 NUMPY, BINARY, SAFETENSORS = "numpyhelper", "binaryhelper", "safetensors"
@@ -89,14 +94,9 @@ def encode(arrays: Sequence[npt.ArrayLike], names: Sequence[str] | None = None, 
         raise BadModel(f"{len(names)} names for {len(arrays)} arrays")
     given = [np.asarray(array) for array in arrays]
     layout = tuple(ArraySpec(name, array.dtype, array.shape) for name, array in zip(names, given, strict=True))
-    wholes = [(array,) for array in given]
-    if helper != NUMPY:
-        return b"".join(_chunks(helper, layout, wholes))
-    out = io.BytesIO()
-    with Archive(out) as archive:
-        for spec, whole in zip(layout, wholes, strict=True):
-            archive.add(spec.name, spec.dtype, spec.shape, whole)
-    return out.getvalue()
+    if helper == NUMPY:
+        return npz.encode(layout, given)
+    return b"".join(_chunks(helper, layout, [(array,) for array in given]))
 
 
 def decode(
@@ -107,72 +107,97 @@ def decode(
     Order: by number if all names are numbers, else by N if all are arr_N, else as in an npz, by name in safetensors.
     max_bytes: of all arrays after inflation. Raises BadModel.
     """
-    return read(memoryview(data), helper, max_bytes=max_bytes).copies()
+    return read(data, helper, max_bytes=max_bytes).copies()
 
 
-def read(data: memoryview, helper: str, *, max_bytes: int) -> ModelFile:
+def read(data: bytes | bytearray | memoryview, helper: str, *, max_bytes: int) -> ModelFile:
     """max_bytes: of all arrays after inflation. Raises BadModel."""
+    return _read(Memory(data), helper, max_bytes)
+
+
+def _read(source: Memory | Disk, helper: str, max_bytes: int) -> ModelFile:
     match helper:
         case "numpyhelper":
-            return NpzFile(data, max_bytes=max_bytes)
+            return NpzFile(source, max_bytes=max_bytes)
         case "binaryhelper":
-            return binary.read(data, max_bytes=max_bytes)
+            return binary.read(source, max_bytes=max_bytes)
         case "safetensors":
-            return safetensors.read(data, max_bytes=max_bytes)
+            return safetensors.read(source, max_bytes=max_bytes)
     raise _unknown(helper)
 
 
-def recognised(data: memoryview) -> str | None:
+def recognised(data: bytes | bytearray | memoryview) -> str | None:
     """The helper whose format it is by its first bytes; None: binaryhelper's, which looks like anything, or none's."""
-    if bytes(data[:4]) in (b"PK\3\4", b"PK\5\6"):
+    return _recognised(Memory(data))
+
+
+def _recognised(source: Memory | Disk) -> str | None:
+    if source.read(0, 4) in (b"PK\3\4", b"PK\5\6"):
         return NUMPY
-    return SAFETENSORS if safetensors.looks_like(data) else None
+    return SAFETENSORS if safetensors.looks_like(source) else None
 
 
 # ---- files
 
 
 def recognised_file(path: Path) -> str | None:
-    return recognised(_mapped(path))
+    with closing(Disk(path)) as source:
+        return _recognised(source)
 
 
-def open_model(path: Path, helper: str, *, max_bytes: int) -> ModelFile:
-    """The file, mapped. max_bytes: of all arrays after inflation. Raises BadModel, OSError."""
-    return read(_mapped(path), helper, max_bytes=max_bytes)
+def open_model(content: Path | bytes, helper: str, *, max_bytes: int) -> ModelFile:
+    """A file, or what would be in one. max_bytes: of all arrays after inflation. Raises BadModel, OSError."""
+    source = Memory(content) if isinstance(content, bytes) else Disk(content)
+    try:
+        return _read(source, helper, max_bytes)
+    except BaseException:
+        source.close()
+        raise
 
 
 def open_npz(path: Path, *, max_bytes: int) -> NpzFile:
-    return NpzFile(_mapped(path), max_bytes=max_bytes)
+    source = Disk(path)
+    try:
+        return NpzFile(source, max_bytes=max_bytes)
+    except BaseException:
+        source.close()
+        raise
 
 
-def _mapped(path: Path) -> memoryview:
-    with path.open("rb") as file:
-        try:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except ValueError:  # an empty file cannot be mapped
-            return memoryview(b"")
+@dataclass(frozen=True, slots=True)
+class Checked:
+    fault: str | None
+    stored: bool = False  # the stored copy was written
 
 
 def check_update(
-    path: Path, expected: Layout | None, *, helper: str = NUMPY, max_bytes: int, stored_copy: Path | None = None
-) -> str | None:
-    """Why this file is no update of a model with this layout (None: of any), or None if it is one.
+    content: Path | bytes,
+    expected: Layout | None,
+    *,
+    helper: str = NUMPY,
+    max_bytes: int,
+    stored_copy: Path | None = None,
+) -> Checked:
+    """Why this file (or its bytes) is no update of a model with this layout (None: of any); None if it is one.
 
     One pass in flat memory. Names, count, order and shapes must be equal, every value finite; the dtype may differ.
     A good npz with deflated members is also written to `stored_copy`, in stored form and not synced; no other file is.
     Raises OSError.
     """
     try:
-        with open_model(path, helper, max_bytes=max_bytes) as file:
+        with open_model(content, helper, max_bytes=max_bytes) as file:
             if expected is not None and (fault := layout_fault(file.layout, expected)) is not None:
-                return fault
+                return Checked(fault)
             if stored_copy is not None and isinstance(file, NpzFile) and file.deflated:
-                _store(file, stored_copy, [spec.name for spec in file.layout])
-            else:
-                _check_finite(file)
-            return None
+                _store(file, stored_copy, file.layout, digest=False)
+                return Checked(None, stored=True)
+            _check_finite(file)
+            return _GOOD
     except BadModel as exc:
-        return str(exc)
+        return Checked(str(exc))
+
+
+_GOOD = Checked(None)
 
 
 def store_seed(path: Path, target: Path, helper: str, *, max_bytes: int) -> str:
@@ -186,7 +211,9 @@ def store_seed(path: Path, target: Path, helper: str, *, max_bytes: int) -> str:
         raise BadModel(f"the file is in the format of {found}, not of {helper}")
     with open_model(path, helper, max_bytes=max_bytes) as file:
         if isinstance(file, NpzFile):
-            return _store(file, target, file.numbered_names())
+            named = zip(file.numbered_names(), file.layout, strict=True)
+            layout = tuple(ArraySpec(name, spec.dtype, spec.shape) for name, spec in named)
+            return _store(file, target, layout, digest=True)
         _check_finite(file)
     path.rename(target)
     with target.open("rb") as moved:
@@ -194,16 +221,24 @@ def store_seed(path: Path, target: Path, helper: str, *, max_bytes: int) -> str:
 
 
 def _check_finite(file: ModelFile) -> None:
-    for index in range(len(file.layout)):
-        for _ in finite_blocks(file, index):
-            pass
+    """Raises BadModel."""
+    with np.errstate(all="ignore"):
+        for index, spec in enumerate(file.layout):
+            is_quick = spec.dtype.kind == "f" and spec.dtype.itemsize in (4, 8)
+            checked = 0
+            for block in file.blocks(index):
+                is_finite = is_quick and squares_are_finite(block)
+                if not is_finite and (fault := finite_fault(spec.name, block, checked)) is not None:
+                    raise BadModel(fault)
+                checked += block.size
 
 
-def _store(file: NpzFile, target: Path, names: Sequence[str]) -> str:
-    with NpzWriter(target) as out:
-        for index, (name, spec) in enumerate(zip(names, file.layout, strict=True)):
-            blocks, order = finite_blocks(file, index), file.fortran_order(index)
-            out.add(name, spec.dtype, spec.shape, blocks, fortran_order=order)
+def _store(file: NpzFile, target: Path, layout: Layout, *, digest: bool) -> str:
+    in_fortran_order = {index for index in range(len(layout)) if file.fortran_order(index)}
+    with NpzWriter(target, layout, fortran_order=in_fortran_order, digest=digest) as out:
+        for index in range(len(layout)):
+            for block in finite_blocks(file, index):
+                out.write(index, block)
     return out.sha256
 
 
@@ -216,13 +251,14 @@ class Written:
 def write(path: Path, helper: str, layout: Layout, arrays: Sequence[Iterable[Array]]) -> Written:
     """Writes a model at `path`, not synced, in flat memory; in case of a fault the file is gone.
 
-    arrays: of each one the values in C order, in blocks of its dtype. They may be asked for in another order than the
-    layout's. Raises BadModel for what the helper cannot hold, ValueError for blocks that do not fit.
+    arrays: of each one the values in C order, in blocks of its dtype, asked for in writing_order(). Raises
+    BadModel for what the helper cannot hold, ValueError for blocks that do not fit.
     """
     if helper == NUMPY:
-        with NpzWriter(path) as writer:
-            for spec, blocks in zip(layout, arrays, strict=True):
-                writer.add(spec.name, spec.dtype, spec.shape, blocks)
+        with NpzWriter(path, layout) as writer:
+            for index, blocks in enumerate(arrays):
+                for block in blocks:
+                    writer.write(index, block)
         return Written(writer.sha256, writer.size_bytes)
     digest, size_bytes = hashlib.sha256(), 0
     try:
@@ -235,6 +271,11 @@ def write(path: Path, helper: str, layout: Layout, arrays: Sequence[Iterable[Arr
         path.unlink(missing_ok=True)
         raise
     return Written(digest.hexdigest(), size_bytes)
+
+
+def writing_order(helper: str, layout: Layout) -> Sequence[int]:
+    """In which order write() asks for the arrays."""
+    return safetensors.writing_order(layout) if helper == SAFETENSORS else range(len(layout))
 
 
 def _chunks(helper: str, layout: Layout, arrays: Sequence[Iterable[Array]]) -> Iterator[bytes | memoryview]:

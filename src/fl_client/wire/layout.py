@@ -6,11 +6,13 @@ Stdlib and numpy only. All faults are BadModel, whose message is one line for wh
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +22,13 @@ Parameters = list[Array]
 
 MAX_ARRAYS = 100_000
 MAX_MODEL_BYTES = 16 << 30  # for readers whose caller has no better limit
-BLOCK_BYTES = 1 << 20  # of one array, checked or copied at a time
-ALIGN_BYTES = 64  # of each array's data in what we write, so that a mapped file is read at full speed
+BLOCK_BYTES = 1 << 18  # of one array, checked or copied at a time: it stays in the cache of one core
+ALIGN_BYTES = 64  # of each array's data in what we write, so that bytes in memory are read at full speed
 
 _MAX_NAME_BYTES = 1024
 _MAX_DIMENSIONS = 32
+_AHEAD_BYTES = 8192  # a zip's header and an npy's fit
+_SHRUNK = "the file has become shorter while it was read"
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: has no bytes
 
 
@@ -42,57 +46,136 @@ class ArraySpec:
 Layout = tuple[ArraySpec, ...]
 
 
-class ModelFile(Protocol):
-    """A model in memory or mapped. What it is made from was checked; nothing may be believed before that.
+class Memory:
+    """A model's bytes in memory."""
 
-    A mapping lives as long as a view of it: close() gives up only our own hold.
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+        self.data = memoryview(data).cast("B").toreadonly()
+        self.size_bytes = len(self.data)
+
+    def read(self, at: int, size_bytes: int) -> bytes:
+        """Fewer only at the end."""
+        return bytes(self.data[at : at + size_bytes])
+
+    def view(self, at: int, count: int, dtype: np.dtype[Any]) -> Array | None:
+        """Values where they lie; None: they lie at an address that numpy is slow at."""
+        found = np.ndarray(count, dtype, self.data, at)
+        return found if found.flags.aligned else None
+
+    def fill(self, out: Array, at: int) -> None:
+        """out: bytes."""
+        out[:] = np.ndarray(out.size, np.uint8, self.data, at)
+
+    def close(self) -> None:
+        self.data = memoryview(b"")
+
+
+class Disk:
+    """A model's bytes in a file, which is read and not mapped.
+
+    A read into a buffer that is used again costs less than the faults of fresh pages, the values come aligned, what the
+    kernel keeps of the file is not this process's memory, and a file that shrinks is a BadModel and not a signal.
     """
 
-    layout: Layout
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self.size_bytes = os.fstat(self._file.fileno()).st_size
+        self._ahead, self._ahead_at = b"", 0
 
-    def arrays(self) -> Parameters:
-        """Read-only views where that is possible (perhaps unaligned), else copies."""
+    def read(self, at: int, size_bytes: int) -> bytes:
+        """Fewer only at the end. A little more is read: headers lie side by side."""
+        size_bytes = max(0, min(size_bytes, self.size_bytes - at))
+        begin = at - self._ahead_at
+        if 0 <= begin <= len(self._ahead) - size_bytes:
+            return self._ahead[begin : begin + size_bytes]
+        wanted_bytes = min(max(size_bytes, _AHEAD_BYTES), self.size_bytes - at)
+        found = os.pread(self._file.fileno(), wanted_bytes, at)
+        if len(found) < wanted_bytes:
+            raise BadModel(_SHRUNK)
+        if wanted_bytes <= _AHEAD_BYTES:
+            self._ahead, self._ahead_at = found, at
+        return found[:size_bytes]
+
+    def view(self, at: int, count: int, dtype: np.dtype[Any]) -> Array | None:
+        return None
+
+    def fill(self, out: Array, at: int) -> None:
+        filled = 0
+        while filled < out.size:
+            got = os.preadv(self._file.fileno(), [out[filled:].data], at + filled)
+            if not got:
+                raise BadModel(_SHRUNK)
+            filled += got
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ModelFile:
+    """A model in memory or in a file. What it is made from was checked; nothing may be believed before that.
+
+    Here the values lie as they are, in C order, each array in one piece; NpzFile knows of others. values()
+    may be called by several threads at once.
+    """
+
+    def __init__(self, source: Memory | Disk, layout: Layout, starts: Sequence[int]) -> None:
+        """starts: where each array's values begin in the source."""
+        self._source, self.layout, self._starts = source, layout, starts
+
+    @property
+    def is_open(self) -> bool:
+        """As a file: it takes one of those that a process may have open."""
+        return isinstance(self._source, Disk)
+
+    @property
+    def held_bytes(self) -> int:
+        """What it keeps in memory, after hold()."""
+        return self._source.size_bytes if isinstance(self._source, Memory) else 0
+
+    def hold(self) -> None:
+        """Brings what cannot be read from its middle into memory: values() needs it. Raises BadModel, OSError."""
+
+    def values(self, index: int, begin: int, end: int, buffer: Array) -> Array:
+        """The array's values from `begin` to `end` in C order, flat, aligned. Raises BadModel, OSError.
+
+        buffer: bytes, large enough; the values may lie in it.
+        """
+        return self._stretch(index, begin, end, buffer)
+
+    def _stretch(self, index: int, begin: int, end: int, buffer: Array) -> Array:
+        """As they lie."""
+        dtype = self.layout[index].dtype
+        at = self._starts[index] + begin * dtype.itemsize
+        found = self._source.view(at, end - begin, dtype)
+        if found is None:
+            raw = buffer[: (end - begin) * dtype.itemsize]
+            self._source.fill(raw, at)
+            found = raw.view(dtype)
+        return found
+
+    def blocks(self, index: int) -> Iterator[Array]:
+        """The array's values in the order of the file, flat, at most BLOCK_BYTES at a time.
+
+        A block is gone when the next one is asked for.
+        """
+        spec = self.layout[index]
+        size, step = math.prod(spec.shape), BLOCK_BYTES // spec.dtype.itemsize
+        buffer = np.empty(min(size, step) * spec.dtype.itemsize, np.uint8)
+        for begin in range(0, size, step):
+            yield self._stretch(index, begin, min(begin + step, size), buffer)
 
     def copies(self) -> Parameters:
         """Writable, in C order, owning their memory."""
+        return [self._copy(index) for index in range(len(self.layout))]
 
-    def blocks(self, index: int) -> Iterator[Array]:
-        """The array's values in the order of the file, flat, at most BLOCK_BYTES at a time."""
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class PlainFile:
-    """A ModelFile of values that lie as they are, in C order, each array in one piece."""
-
-    def __init__(self, data: memoryview, layout: Layout, starts: Sequence[int]) -> None:
-        """starts: where each array's values begin in the data."""
-        self._data, self.layout, self._starts = data, layout, starts
-
-    def arrays(self) -> Parameters:
-        return [
-            np.ndarray(spec.shape, spec.dtype, buffer=self._data, offset=start)
-            for spec, start in zip(self.layout, self._starts, strict=True)
-        ]
-
-    def copies(self) -> Parameters:
-        return [array.copy() for array in self.arrays()]
-
-    def blocks(self, index: int) -> Iterator[Array]:
+    def _copy(self, index: int) -> Array:
         spec = self.layout[index]
-        flat = np.ndarray(math.prod(spec.shape), spec.dtype, buffer=self._data, offset=self._starts[index])
-        step = BLOCK_BYTES // spec.dtype.itemsize
-        for start in range(0, flat.size, step):
-            yield flat[start : start + step]
+        whole = np.empty(spec.shape, spec.dtype)
+        self._source.fill(whole.reshape(-1).view(np.uint8), self._starts[index])
+        return whole
 
     def close(self) -> None:
-        self._data = memoryview(b"")
+        self._source.close()
 
     def __enter__(self) -> Self:
         return self
@@ -154,14 +237,21 @@ def finite_fault(name: str, block: Array, offset: int) -> str | None:
         return None
     if block.itemsize in (4, 8):
         with np.errstate(all="ignore"):
-            # The sum of squares is finite only if every value is: one pass at the speed of memory, no temporary.
-            if math.isfinite(np.dot(block, block)):
+            if squares_are_finite(block):
                 return None
     finite = np.isfinite(block)
     if finite.all():  # the squares had overflowed
         return None
     first = int(np.argmin(finite))
     return f"array {short(name)} is not finite: {block[first]} at flat index {offset + first}"
+
+
+def squares_are_finite(block: Array) -> bool:
+    """False at once for what is not finite: one pass at the speed of memory, no temporary.
+
+    Also false where the squares overflow, of which numpy warns.
+    """
+    return math.isfinite(np.dot(block, block))
 
 
 def refuse_dtype(name: str, dtype: np.dtype[Any]) -> None:

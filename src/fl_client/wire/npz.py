@@ -9,19 +9,20 @@ Formats: PKWARE APPNOTE 6.3.10 (zip), numpy.lib.format (npy).
 from __future__ import annotations
 
 import hashlib
-import io
 import math
+import os
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from fl_client.wire.layout import (
     ALIGN_BYTES,
@@ -30,8 +31,10 @@ from fl_client.wire.layout import (
     Array,
     ArraySpec,
     BadModel,
+    Disk,
     Layout,
-    Parameters,
+    Memory,
+    ModelFile,
     by_number,
     is_impossible,
     refuse_dtype,
@@ -59,57 +62,65 @@ class _Member:
     size_bytes: int  # inflated, with the npy header
     crc: int
 
+    @property
+    def is_plain(self) -> bool:
+        """The values lie as they are, in C order."""
+        return not self.deflated and (not self.fortran_order or len(self.spec.shape) < 2)
 
-class NpzFile:
-    """A ModelFile: an npz in memory or mapped.
 
-    The constructor has checked all that can be known without inflating; arrays(), copies() and blocks() raise BadModel
-    for a deflated member that is broken. A mapping lives as long as a view of it: close() gives up only our own hold.
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What the structure of an npz says: all that is not the values of its arrays."""
+
+    members: tuple[_Member, ...]
+    layout: Layout
+    starts: tuple[int, ...]
+    total_bytes: int  # inflated, with the npy headers
+    all_plain: bool
+
+
+class NpzFile(ModelFile):
+    """The constructor has checked all that can be known without inflating.
+
+    copies(), blocks() and hold() raise BadModel for a deflated member that is broken.
     """
 
-    def __init__(self, data: memoryview, *, max_bytes: int) -> None:
-        if not data:
+    def __init__(self, source: Memory | Disk, *, max_bytes: int) -> None:
+        if not source.size_bytes:
             raise BadModel("not an npz: 0 bytes")
-        self._data = data.cast("B").toreadonly()
-        self._members = _read_members(self._data, max_bytes)
-        self.layout: Layout = tuple(member.spec for member in self._members)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._data = memoryview(b"")
+        contents = _recognised(source, max_bytes) or _read_contents(source, max_bytes)
+        super().__init__(source, contents.layout, contents.starts)
+        self._members, self._all_plain = contents.members, contents.all_plain
+        self._held: dict[int, Array] = {}
 
     @property
     def deflated(self) -> bool:
         return any(member.deflated for member in self._members)
 
-    def arrays(self) -> Parameters:
-        """Read-only views of stored members (perhaps unaligned), writable copies of deflated ones."""
-        return [self._inflated(member) if member.deflated else self._view(member) for member in self._members]
+    @property
+    def held_bytes(self) -> int:
+        others = (member.size_bytes for member in self._members if not member.is_plain)
+        return super().held_bytes + (0 if self._all_plain else sum(others))
 
-    def copies(self) -> Parameters:
-        return [np.array(array, order="C", copy=None if array.flags.writeable else True) for array in self.arrays()]
+    def hold(self) -> None:
+        for index, member in enumerate(self._members):
+            if not member.is_plain:
+                self._held[index] = self._copy(index).reshape(-1)
+
+    def values(self, index: int, begin: int, end: int, buffer: Array) -> Array:
+        if self._all_plain or self._members[index].is_plain:
+            return self._stretch(index, begin, end, buffer)
+        return self._held[index][begin:end]
 
     def blocks(self, index: int) -> Iterator[Array]:
-        """The array's values in the order of the file, flat, at most BLOCK_BYTES at a time."""
-        return self._blocks(self._members[index])
+        member = self._members[index]
+        return self._inflated(member) if member.deflated else super().blocks(index)
 
-    def _blocks(self, member: _Member) -> Iterator[Array]:
+    def _inflated(self, member: _Member) -> Iterator[Array]:
         dtype = member.spec.dtype
         size_bytes = member.size_bytes - member.header_bytes
         step_bytes = BLOCK_BYTES // dtype.itemsize * dtype.itemsize
-        if not member.deflated:
-            flat = self._view(member).reshape(-1, order="A")
-            for start in range(0, size_bytes, step_bytes):
-                yield flat[start // dtype.itemsize : (start + step_bytes) // dtype.itemsize]
-            return
-        inflater = _Inflater(member.spec.name, self._data[member.start : member.end])
+        inflater = _Inflater(member.spec.name, self._source, member.start, member.end)
         inflater.read(member.header_bytes)
         for start in range(0, size_bytes, step_bytes):
             yield np.frombuffer(inflater.read(min(step_bytes, size_bytes - start)), dtype)
@@ -123,22 +134,21 @@ class NpzFile:
         names = [spec.name for spec in self.layout]
         return names if by_number(names) is None else [str(index) for index in range(len(names))]
 
-    def _view(self, member: _Member) -> Array:
-        return np.ndarray(
-            member.spec.shape,
-            member.spec.dtype,
-            buffer=self._data,
-            offset=member.start + member.header_bytes,
-            order="F" if member.fortran_order else "C",
-        )
+    def close(self) -> None:
+        super().close()
+        self._held.clear()
 
-    def _inflated(self, member: _Member) -> Array:
+    def _copy(self, index: int) -> Array:
+        member = self._members[index]
+        if member.is_plain:
+            return super()._copy(index)
         flat = np.empty(math.prod(member.spec.shape), member.spec.dtype)
         filled = 0
-        for block in self._blocks(member):
+        for block in self.blocks(index):
             flat[filled : filled + block.size] = block
             filled += block.size
-        return flat.reshape(member.spec.shape, order="F" if member.fortran_order else "C")
+        shaped = flat.reshape(member.spec.shape, order="F" if member.fortran_order else "C")
+        return np.ascontiguousarray(shaped).reshape(member.spec.shape)
 
 
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -161,14 +171,15 @@ class _Entry:
     packed_bytes: int
     size_bytes: int
     offset: int
+    listed_at: int  # where the line is
 
     @property
     def file_name(self) -> str:
         return self.raw_name.decode("utf-8" if self.flags & _UTF8 else "cp437", "backslashreplace")
 
 
-def _read_members(data: memoryview, max_bytes: int) -> tuple[_Member, ...]:
-    entries, directory = _read_directory(data)
+def _read_contents(source: Memory | Disk, max_bytes: int) -> _Contents:
+    entries, directory = _read_directory(source)
     if not entries:
         raise BadModel("the npz holds no arrays")
     total_bytes = 0
@@ -181,34 +192,84 @@ def _read_members(data: memoryview, max_bytes: int) -> tuple[_Member, ...]:
     if by_offset[0].offset != 0:
         raise BadModel(f"{by_offset[0].offset} bytes before the zip's first member")
     starts = {
-        entry.offset: _data_start(data, entry, follower) for entry, follower in zip(by_offset, followers, strict=True)
+        entry.offset: _data_start(source, entry, follower) for entry, follower in zip(by_offset, followers, strict=True)
     }
-    members = [_read_member(data, entry, starts[entry.offset]) for entry in entries]
+    members = [_read_member(source, entry, starts[entry.offset]) for entry in entries]
     names: set[str] = set()
     for member in members:
         if member.spec.name in names:
             raise BadModel(f"two arrays are named {short(member.spec.name)}")
         names.add(member.spec.name)
     order = by_number([member.spec.name for member in members])
-    if order is not None:
-        members = [members[index] for index in order]
-    return tuple(members)
+    ordered = tuple(members if order is None else (members[index] for index in order))
+    contents = _Contents(
+        ordered,
+        tuple(member.spec for member in ordered),
+        tuple(member.start + member.header_bytes for member in ordered),
+        total_bytes,
+        all(member.is_plain for member in ordered),
+    )
+    if isinstance(source, Memory):
+        _remember(source, contents, list(zip(entries, members, strict=True)), directory)
+    return contents
 
 
-def _read_directory(data: memoryview) -> tuple[list[_Entry], int]:
+# The updates of a round have one structure, and differ in their values alone: comparing it costs a twentieth of reading
+# it. More is compared than is read, so whatever is recognised would have been read as the same.
+_REMEMBERED, _MOST_STRUCTURE_BYTES = 8, 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Structure:
+    positions: npt.NDArray[np.intp]  # of all bytes that are not values, times, CRCs or data descriptors
+    found: bytes  # there
+    contents: _Contents
+
+
+_structures: dict[int, _Structure] = {}  # by a file's length; replaced as a whole, since threads read it
+
+
+def _recognised(source: Memory | Disk, max_bytes: int) -> _Contents | None:
+    if not isinstance(source, Memory) or (known := _structures.get(source.size_bytes)) is None:
+        return None
+    if np.frombuffer(source.data, np.uint8).take(known.positions).tobytes() != known.found:
+        return None
+    return known.contents if known.contents.total_bytes <= max_bytes else None
+
+
+def _remember(source: Memory, contents: _Contents, read: list[tuple[_Entry, _Member]], directory: int) -> None:
+    if any(member.deflated for member in contents.members):
+        return  # their CRCs count
+    size_bytes = source.size_bytes - directory + sum(member.start - entry.offset for entry, member in read)
+    if size_bytes + sum(member.header_bytes for _, member in read) > _MOST_STRUCTURE_BYTES:
+        return
+    ranges, at = [], directory
+    for entry, member in read:
+        ranges += [(entry.offset, entry.offset + 10), (entry.offset + 18, member.start + member.header_bytes)]
+        ranges.append((at, entry.listed_at + 12))
+        at = entry.listed_at + 20
+    ranges.append((at, source.size_bytes))
+    positions = np.concatenate([np.arange(begin, end, dtype=np.intp) for begin, end in ranges])
+    found = np.frombuffer(source.data, np.uint8)[positions].tobytes()
+    global _structures
+    others = [item for item in _structures.items() if item[0] != source.size_bytes]
+    _structures = {**dict(others[1 - _REMEMBERED :]), source.size_bytes: _Structure(positions, found, contents)}
+
+
+def _read_directory(source: Memory | Disk) -> tuple[list[_Entry], int]:
     """The entries in their order, and where the directory begins. It must end where the file's end records begin."""
-    end = len(data) - _END.size
-    if end < 0 or _magic(data, end) != b"PK\5\6" or bytes(data[-2:]) != b"\0\0":
-        if _magic(data, 0) in (b"PK\3\4", b"PK\5\6"):
+    end = source.size_bytes - _END.size
+    if end < 0 or _magic(source, end) != b"PK\5\6" or source.read(end + 20, 2) != b"\0\0":
+        if _magic(source, 0) in (b"PK\3\4", b"PK\5\6"):
             raise BadModel("the npz is cut off, or has bytes after its end")
         raise BadModel("not an npz: no zip")
-    _, disk, directory_disk, _, count, size_bytes, start, _ = _END.unpack_from(data, end)
+    _, disk, directory_disk, _, count, size_bytes, start, _ = _END.unpack(source.read(end, _END.size))
     locator = end - _END64_LOCATOR.size
-    if locator >= 0 and _magic(data, locator) == b"PK\6\7":
-        _, _, end, _ = _END64_LOCATOR.unpack_from(data, locator)
-        if end != locator - _END64.size or _magic(data, end) != b"PK\6\6":
+    if locator >= 0 and _magic(source, locator) == b"PK\6\7":
+        _, _, end, _ = _END64_LOCATOR.unpack(source.read(locator, _END64_LOCATOR.size))
+        if end != locator - _END64.size or _magic(source, end) != b"PK\6\6":
             raise BadModel("the zip's 64-bit end record is not where it should be")
-        _, _, _, _, disk, directory_disk, _, count, size_bytes, start = _END64.unpack_from(data, end)
+        _, _, _, _, disk, directory_disk, _, count, size_bytes, start = _END64.unpack(source.read(end, _END64.size))
     if disk != 0 or directory_disk != 0:
         raise BadModel("the zip is split over several files")
     if count > MAX_ARRAYS:
@@ -218,7 +279,7 @@ def _read_directory(data: memoryview) -> tuple[list[_Entry], int]:
     entries = []
     at = start
     for _ in range(count):
-        if at + _CENTRAL.size > end or _magic(data, at) != b"PK\1\2":
+        if at + _CENTRAL.size > end or _magic(source, at) != b"PK\1\2":
             raise BadModel("the zip's directory is shorter than its count")
         (
             _,
@@ -238,22 +299,22 @@ def _read_directory(data: memoryview) -> tuple[list[_Entry], int]:
             _,
             _,
             offset,
-        ) = _CENTRAL.unpack_from(data, at)
-        at += _CENTRAL.size
-        following = at + name_bytes + extra_bytes + comment_bytes
+        ) = _CENTRAL.unpack(source.read(at, _CENTRAL.size))
+        name_at = at + _CENTRAL.size
+        following = name_at + name_bytes + extra_bytes + comment_bytes
         if following > end or disk not in (0, 0xFFFF):
             raise BadModel("the zip's directory is damaged")
-        extra = bytes(data[at + name_bytes : at + name_bytes + extra_bytes])
-        size, packed, offset = _wide(extra, size, packed, offset)
-        entries.append(_Entry(bytes(data[at : at + name_bytes]), flags, method, crc, packed, size, offset))
+        name = source.read(name_at, name_bytes)
+        size, packed, offset = _wide(source.read(name_at + name_bytes, extra_bytes), size, packed, offset)
+        entries.append(_Entry(name, flags, method, crc, packed, size, offset, at))
         at = following
     if at != end:
         raise BadModel("the zip's directory is longer than its count")
     return entries, start
 
 
-def _magic(data: memoryview, at: int) -> bytes:
-    return bytes(data[at : at + 4])
+def _magic(source: Memory | Disk, at: int) -> bytes:
+    return source.read(at, 4)
 
 
 def _wide(extra: bytes, *fields: int) -> tuple[int, int, int]:
@@ -276,18 +337,18 @@ def _wide(extra: bytes, *fields: int) -> tuple[int, int, int]:
     return size, packed, offset
 
 
-def _data_start(data: memoryview, entry: _Entry, follower: int) -> int:
+def _data_start(source: Memory | Disk, entry: _Entry, follower: int) -> int:
     """Where the member's bytes begin. `follower`: where the next member begins, or the directory."""
     shown = short(entry.file_name)
     if entry.flags & (_ENCRYPTED | _STRONGLY_ENCRYPTED | _MASKED):
         raise BadModel(f"member {shown} is encrypted")
     if entry.method not in (_STORED, _DEFLATED):
         raise BadModel(f"member {shown} is compressed by method {entry.method}, only stored and deflated are read")
-    if entry.offset + _LOCAL.size > follower or _magic(data, entry.offset) != b"PK\3\4":
+    if entry.offset + _LOCAL.size > follower or _magic(source, entry.offset) != b"PK\3\4":
         raise BadModel(f"member {shown} is not where the zip's directory says, or overlaps another")
-    _, _, _, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack_from(data, entry.offset)
+    _, _, _, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack(source.read(entry.offset, _LOCAL.size))
     name_at = entry.offset + _LOCAL.size
-    if data[name_at : name_at + name_bytes] != entry.raw_name or method != entry.method:
+    if source.read(name_at, name_bytes) != entry.raw_name or method != entry.method:
         raise BadModel(f"member {shown} contradicts the zip's directory")
     start: int = name_at + name_bytes + extra_bytes
     gap = follower - (start + entry.packed_bytes)
@@ -298,7 +359,7 @@ def _data_start(data: memoryview, entry: _Entry, follower: int) -> int:
     return start
 
 
-def _read_member(data: memoryview, entry: _Entry, start: int) -> _Member:
+def _read_member(source: Memory | Disk, entry: _Entry, start: int) -> _Member:
     shown = short(entry.file_name)
     deflated = entry.method == _DEFLATED
     if not entry.file_name.endswith(".npy"):
@@ -311,7 +372,7 @@ def _read_member(data: memoryview, entry: _Entry, start: int) -> _Member:
     name = entry.file_name.removesuffix(".npy")
     refuse_name(name)
     known_bytes = min(entry.size_bytes, 12 + _MAX_HEADER_BYTES)
-    head = _Inflater(name, data[start:end]).read(known_bytes) if deflated else bytes(data[start : start + known_bytes])
+    head = _Inflater(name, source, start, end).read(known_bytes) if deflated else source.read(start, known_bytes)
     dtype, shape, fortran_order, header_bytes = _read_npy_header(name, bytes(head))
     values_bytes = math.prod(shape) * dtype.itemsize
     if header_bytes + values_bytes != entry.size_bytes:
@@ -375,10 +436,9 @@ def _read_npy_header(name: str, head: bytes) -> tuple[np.dtype[Any], tuple[int, 
 class _Inflater:
     """Reads a deflated member forward, never more than it is asked for."""
 
-    def __init__(self, name: str, packed: memoryview) -> None:
-        self._name = name
-        self._packed = packed
-        self._at = 0
+    def __init__(self, name: str, source: Memory | Disk, start: int, end: int) -> None:
+        self._name, self._source = name, source
+        self._at, self._end = start, end
         self._crc = 0
         self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)
 
@@ -387,7 +447,7 @@ class _Inflater:
         out = bytearray()
         while len(out) < size_bytes:
             part = self._some(size_bytes - len(out))
-            if not part and (self._zlib.eof or self._at >= len(self._packed)):
+            if not part and (self._zlib.eof or self._at >= self._end):
                 raise BadModel(f"array {short(self._name)} inflates to less than it declares")
             out += part
         self._crc = zlib.crc32(out, self._crc)
@@ -399,9 +459,9 @@ class _Inflater:
             part = self._some(1)
             if part:
                 raise BadModel(f"array {short(self._name)} inflates to more than it declares")
-            if not self._zlib.eof and self._at >= len(self._packed):
+            if not self._zlib.eof and self._at >= self._end:
                 raise BadModel(f"array {short(self._name)} is cut off")
-        if self._zlib.unused_data or self._at < len(self._packed):
+        if self._zlib.unused_data or self._at < self._end:
             raise BadModel(f"array {short(self._name)} has bytes after its end")
         if crc != self._crc:
             raise BadModel(f"array {short(self._name)} is damaged: its CRC differs")
@@ -409,7 +469,7 @@ class _Inflater:
     def _some(self, max_bytes: int) -> bytes:
         source = self._zlib.unconsumed_tail
         if not source:
-            source = bytes(self._packed[self._at : self._at + 65536])
+            source = self._source.read(self._at, min(65536, self._end - self._at))
             self._at += len(source)
         try:
             return self._zlib.decompress(source, max_bytes)
@@ -420,55 +480,102 @@ class _Inflater:
 # ---- writing
 
 
-class Archive:
-    """A stored npz, written member by member: fixed times, aligned data."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a member goes in a file: known before its values are."""
 
-    def __init__(self, out: IO[bytes]) -> None:
-        self._out = out
-        self._zip = zipfile.ZipFile(out, "w", zipfile.ZIP_STORED)
-        self._names: set[str] = set()
+    spec: ArraySpec
+    raw_name: bytes
+    flags: int
+    offset: int
+    extra: bytes
+    npy_header: bytes
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def values_bytes(self) -> int:
+        return math.prod(self.spec.shape) * self.spec.dtype.itemsize
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._zip.close()
+    @property
+    def size_bytes(self) -> int:
+        return len(self.npy_header) + self.values_bytes
 
-    def add(
-        self,
-        name: str,
-        dtype: np.dtype[Any],
-        shape: tuple[int, ...],
-        blocks: Iterable[Array],
-        *,
-        fortran_order: bool = False,
-    ) -> None:
-        refuse_dtype(name, dtype)
-        refuse_name(name)
-        if name in self._names:
-            raise BadModel(f"two arrays are named {short(name)}")
-        self._names.add(name)
-        header = _npy_header(dtype, shape, fortran_order)
-        values_bytes = math.prod(shape) * dtype.itemsize
-        info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-        info.create_system = 3  # the same bytes on every system
-        info.CRC = 0  # completed with the data, as the sizes are
-        info.file_size = len(header) + values_bytes
-        wide = info.file_size * 1.05 > zipfile.ZIP64_LIMIT  # when zipfile takes the 64-bit header
-        info.extra = _padding(self._out.tell() + len(info.FileHeader(zip64=wide)))
-        written_bytes = 0
-        with self._zip.open(info, "w", force_zip64=wide) as member:
-            member.write(header)
-            for block in blocks:
-                if block.dtype != dtype:
-                    raise ValueError(f"array {short(name)}: a block of {block.dtype}, expected {dtype}")
-                written_bytes += block.nbytes
-                if block.size:
-                    member.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
-        if written_bytes != values_bytes:
-            raise ValueError(f"array {short(name)}: blocks of {written_bytes} bytes, expected {values_bytes}")
+    @property
+    def start(self) -> int:
+        """Of the values."""
+        return self.offset + _LOCAL.size + len(self.raw_name) + len(self.extra) + len(self.npy_header)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.values_bytes
+
+    def header(self, crc: int) -> bytes:
+        """All that is before the values."""
+        version, size_bytes = _version(self.size_bytes), min(self.size_bytes, _MOST_32)
+        if size_bytes < self.size_bytes:
+            size_bytes = 0xFFFFFFFF
+        numbers = (_STORED, 0, _FIRST_OF_1980, crc, size_bytes, size_bytes, len(self.raw_name), len(self.extra))
+        return _LOCAL.pack(b"PK\3\4", version, self.flags, *numbers) + self.raw_name + self.extra + self.npy_header
+
+    def line(self, crc: int) -> bytes:
+        """Of the directory."""
+        size_bytes, offset, wide = self.size_bytes, self.offset, b""
+        if size_bytes > _MOST_32:
+            wide += struct.pack("<QQ", size_bytes, size_bytes)
+            size_bytes = 0xFFFFFFFF
+        if offset > _MOST_32:
+            wide += struct.pack("<Q", offset)
+            offset = 0xFFFFFFFF
+        padding = self.extra[: len(self.extra) - _WIDE.size] if self.size_bytes > _MOST_32 else self.extra
+        extra = (struct.pack("<HH", 1, len(wide)) + wide if wide else b"") + padding
+        version = _version(self.size_bytes, self.offset)
+        numbers = (_STORED, 0, _FIRST_OF_1980, crc, size_bytes, size_bytes, len(self.raw_name), len(extra))
+        rest = (0, 0, 0, 0o600 << 16, offset)
+        return _CENTRAL.pack(b"PK\1\2", version | _UNIX, version, self.flags, *numbers, *rest) + self.raw_name + extra
+
+
+_WIDE = struct.Struct("<HHQQ")
+_MOST_32 = zipfile.ZIP64_LIMIT  # as zipfile draws it: some readers take the numbers as signed
+_FIRST_OF_1980 = 1 << 5 | 1
+_UNIX = 3 << 8  # the same bytes on every system
+
+
+def _version(*numbers: int) -> int:
+    return 45 if max(numbers) > _MOST_32 else 20
+
+
+def _places(layout: Layout, fortran_order: Container[int] = ()) -> list[_Place]:
+    """Of a stored npz: fixed times, aligned values. Raises BadModel."""
+    places: list[_Place] = []
+    names: set[str] = set()
+    at = 0
+    for index, spec in enumerate(layout):
+        refuse_dtype(spec.name, spec.dtype)
+        refuse_name(spec.name)
+        if spec.name in names:
+            raise BadModel(f"two arrays are named {short(spec.name)}")
+        names.add(spec.name)
+        file_name = f"{spec.name}.npy"
+        flags = 0 if file_name.isascii() else _UTF8
+        raw_name, npy_header = file_name.encode(), _npy_header(spec.dtype, spec.shape, index in fortran_order)
+        size_bytes = len(npy_header) + math.prod(spec.shape) * spec.dtype.itemsize
+        wide = _WIDE.pack(1, 16, size_bytes, size_bytes) if size_bytes > _MOST_32 else b""
+        extra = _padding(at + _LOCAL.size + len(raw_name) + len(wide)) + wide
+        places.append(_Place(spec, raw_name, flags, at, extra, npy_header))
+        at = places[-1].end
+    return places
+
+
+def _directory(places: Sequence[_Place], crcs: Sequence[int]) -> bytes:
+    """With the file's end records."""
+    start = places[-1].end if places else 0
+    lines = b"".join(place.line(crc) for place, crc in zip(places, crcs, strict=True))
+    count, size_bytes, records = len(places), len(lines), b""
+    if count > 0xFFFF or max(start, size_bytes) > _MOST_32:
+        end = start + size_bytes
+        records = _END64.pack(b"PK\6\6", 44, 45, 45, 0, 0, count, count, size_bytes, start)
+        records += _END64_LOCATOR.pack(b"PK\6\7", 0, end, 1)
+        count, size_bytes, start = min(count, 0xFFFF), min(size_bytes, 0xFFFFFFFF), min(start, 0xFFFFFFFF)
+    return lines + records + _END.pack(b"PK\5\6", 0, 0, count, count, size_bytes, start, 0)
 
 
 def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...], fortran_order: bool) -> bytes:
@@ -487,48 +594,111 @@ def _padding(start: int) -> bytes:
     return struct.pack("<HHH", 0xD935, 2 + zeros, ALIGN_BYTES) + bytes(zeros)
 
 
-class NpzWriter:
-    """Writes a stored npz at `path`, array by array and block by block, in flat memory.
+def _raw(block: Array) -> Array:
+    return np.ascontiguousarray(block).reshape(-1).view(np.uint8)
 
-    After the with block `sha256` (hex) and `size_bytes` are those of the whole file, which is not synced. Leaving the
-    block by an exception removes the file.
+
+def encode(layout: Layout, arrays: Sequence[Array]) -> bytes:
+    """A stored npz of these arrays. Raises BadModel."""
+    places = _places(layout)
+    pieces: list[bytes | memoryview] = []
+    crcs = []
+    for place, array in zip(places, arrays, strict=True):
+        raw = _raw(array).data if array.size else b""
+        crcs.append(zlib.crc32(raw, zlib.crc32(place.npy_header)))
+        pieces += [place.header(crcs[-1]), raw]
+    return b"".join([*pieces, _directory(places, crcs)])
+
+
+class NpzWriter:
+    """Writes a stored npz at `path`, block by block, in flat memory.
+
+    After the with block `sha256` (hex; "" without digest) and `size_bytes` are those of the whole file, which is not
+    synced. Leaving the block by an exception removes the file. One thread uses it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, layout: Layout, *, fortran_order: Container[int] = (), digest: bool = True) -> None:
+        """fortran_order: the indices of arrays whose values come in that order. Raises BadModel."""
+        self._path, self._places = path, _places(layout, fortran_order)
+        self._written_bytes, self._is_whole = [0] * len(layout), [False] * len(layout)
+        self._crcs = [zlib.crc32(place.npy_header) for place in self._places]
+        self._digest = hashlib.sha256() if digest else None
+        self._digested = 0  # members
+        self._buffer = memoryview(bytearray(BLOCK_BYTES if digest else 0))
         self.sha256 = ""
         self.size_bytes = 0
 
     def __enter__(self) -> Self:
-        self._file = self._path.open("w+b")
-        self._archive = Archive(self._file)
+        self._file = self._path.open("w+b", buffering=0)
         return self
 
-    def add(
-        self,
-        name: str,
-        dtype: np.dtype[Any],
-        shape: tuple[int, ...],
-        blocks: Iterable[Array],
-        *,
-        fortran_order: bool = False,
-    ) -> None:
-        """blocks: of this dtype; their values, one after the other, are the array's in C (or Fortran) order.
+    def write(self, index: int, block: Array) -> None:
+        """The next values of this array; those of several may come in turn. Raises ValueError if they do not fit."""
+        place = self._places[index]
+        if block.dtype != place.spec.dtype:
+            raise ValueError(f"array {short(place.spec.name)}: a block of {block.dtype}, expected {place.spec.dtype}")
+        if not block.size:
+            return
+        raw, at = _raw(block), self._written_bytes[index]
+        self._written_bytes[index] += raw.size
+        if self._written_bytes[index] > place.values_bytes:
+            self._refuse(index)
+        self._put(raw.data, place.start + at)
+        self._crcs[index] = zlib.crc32(raw.data, self._crcs[index])
+        if self._written_bytes[index] == place.values_bytes:
+            self._complete(index)
 
-        Raises BadModel for a name that is taken or a dtype that is no number, ValueError for blocks that do not fit.
-        """
-        self._archive.add(name, dtype, shape, blocks, fortran_order=fortran_order)
+    def _complete(self, index: int) -> None:
+        place = self._places[index]
+        self._put(memoryview(place.header(self._crcs[index])), place.offset)
+        self._is_whole[index] = True
+        self._digest_on()
+
+    def _digest_on(self) -> None:
+        """Over members that are whole, read again: the header, which is before the values, holds their CRC."""
+        if self._digest is None:
+            return
+        while self._digested < len(self._places) and self._is_whole[self._digested]:
+            place = self._places[self._digested]
+            at = place.offset
+            while at < place.end:
+                got = os.preadv(self._file.fileno(), [self._buffer[: place.end - at]], at)
+                if not got:
+                    raise OSError(f"{self._path} has become shorter while it was written")
+                self._digest.update(self._buffer[:got])
+                at += got
+            self._digested += 1
+
+    def _put(self, raw: memoryview, at: int) -> None:
+        while raw:
+            done = os.pwrite(self._file.fileno(), raw, at)
+            raw, at = raw[done:], at + done
+
+    def _refuse(self, index: int) -> None:
+        place, given = self._places[index], self._written_bytes[index]
+        raise ValueError(f"array {short(place.spec.name)}: blocks of {given} bytes, expected {place.values_bytes}")
+
+    def _finish(self) -> None:
+        for index, is_whole in enumerate(self._is_whole):
+            if not is_whole:
+                if self._written_bytes[index] != self._places[index].values_bytes:
+                    self._refuse(index)
+                self._complete(index)  # an empty one
+        directory = _directory(self._places, self._crcs)
+        start = self._places[-1].end if self._places else 0
+        self._put(memoryview(directory), start)
+        self.size_bytes = start + len(directory)
+        if self._digest is not None:
+            self._digest.update(directory)
+            self.sha256 = self._digest.hexdigest()
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             with self._file:
-                self._archive.__exit__(kind, exc, trace)
                 if kind is None:
-                    self.size_bytes = self._file.seek(0, io.SEEK_END)
-                    self._file.seek(0)  # read again: the headers were completed after their data
-                    self.sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
+                    self._finish()
         except BaseException:
             self._path.unlink()
             raise

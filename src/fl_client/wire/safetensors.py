@@ -21,8 +21,10 @@ from fl_client.wire.layout import (
     Array,
     ArraySpec,
     BadModel,
+    Disk,
     Layout,
-    PlainFile,
+    Memory,
+    ModelFile,
     by_number,
     is_impossible,
     plain_bytes,
@@ -41,7 +43,7 @@ _DTYPES = {
 }
 _NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in _DTYPES.items()}
 
-# JSON as far as a header may use it, on bytes, so that a mapped file is matched where it lies. Every repetition is
+# JSON as far as a header may use it, on bytes, so that it is matched where it lies. Every repetition is
 # possessive or bounded: what does not match is given up at once.
 _WS = rb"[ \t\n\r]*+"
 _TEXT = rb'"(?:[^"\\\x00-\x1f]++|\\.)*+"'
@@ -71,26 +73,26 @@ _CLOSE = re.compile(rb"\} *+\Z")  # padded with blanks alone
 # ---- reading
 
 
-def looks_like(data: memoryview) -> bool:
+def looks_like(source: Memory | Disk) -> bool:
     """By its first bytes: the length of a header that fits, then the header's bracket."""
-    return len(data) >= 10 and 2 <= _header_bytes(data) <= len(data) - 8 and data[8] == ord("{")
+    first = source.read(0, 10)
+    return len(first) == 10 and 2 <= _header_bytes(first) <= source.size_bytes - 8 and first[8:9] == b"{"
 
 
-def read(data: memoryview, *, max_bytes: int) -> PlainFile:
+def read(source: Memory | Disk, *, max_bytes: int) -> ModelFile:
     """max_bytes: of the arrays. Raises BadModel."""
-    data = data.cast("B").toreadonly()
-    if len(data) < 8:
-        raise BadModel(f"not a safetensors file: {len(data)} bytes")
-    header_bytes = _header_bytes(data)
+    if source.size_bytes < 8:
+        raise BadModel(f"not a safetensors file: {source.size_bytes} bytes")
+    header_bytes = _header_bytes(source.read(0, 8))
     if header_bytes > MAX_HEADER_BYTES:
         raise BadModel(f"a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES} allowed")
-    if header_bytes > len(data) - 8:
+    if header_bytes > source.size_bytes - 8:
         raise BadModel("not a safetensors file, or cut off: its header is longer than the file")
     first = 8 + header_bytes
-    values_bytes = len(data) - first
+    values_bytes = source.size_bytes - first
     if values_bytes > max_bytes:
         raise BadModel(f"the model's arrays are larger than the {max_bytes} bytes allowed")
-    found = _read_header(data[8:first])
+    found = _read_header(source.read(8, header_bytes))
     if not found:
         raise BadModel("the file holds no arrays")
     at = 0
@@ -104,14 +106,14 @@ def read(data: memoryview, *, max_bytes: int) -> PlainFile:
     if order is None:
         order = sorted(range(len(found)), key=lambda index: found[index][0].name)
     layout = tuple(found[index][0] for index in order)
-    return PlainFile(data, layout, [first + found[index][1] for index in order])
+    return ModelFile(source, layout, [first + found[index][1] for index in order])
 
 
-def _header_bytes(data: memoryview) -> int:
-    return int.from_bytes(data[:8], "little")
+def _header_bytes(first: bytes) -> int:
+    return int.from_bytes(first[:8], "little")
 
 
-def _read_header(header: memoryview) -> list[tuple[ArraySpec, int, int]]:
+def _read_header(header: bytes) -> list[tuple[ArraySpec, int, int]]:
     """Each array with where its values begin and end in the data, in the header's order."""
     opened = _OPEN.match(header)
     if opened is None:
@@ -181,10 +183,15 @@ def _array(name: str, value: re.Match[bytes]) -> tuple[ArraySpec, int, int]:
 # ---- writing
 
 
+def writing_order(layout: Layout) -> Sequence[int]:
+    """The widest values first, so that all are aligned."""
+    return sorted(range(len(layout)), key=lambda index: -layout[index].dtype.itemsize)
+
+
 def chunks(layout: Layout, arrays: Sequence[Iterable[Array]]) -> Iterator[bytes | memoryview]:
-    """The file, piece by piece; the widest values first, so that all are aligned. Raises BadModel, before any piece."""
+    """The file, piece by piece, the arrays in writing_order(). Raises BadModel, before any piece."""
     entries: dict[str, object] = {}
-    order = sorted(range(len(layout)), key=lambda index: -layout[index].dtype.itemsize)
+    order = writing_order(layout)
     at = 0
     for index in order:
         spec = layout[index]

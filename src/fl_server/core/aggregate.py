@@ -1,19 +1,21 @@
 """How the updates of a round become one: the mean weighted by examples (McMahan et al. 2017, arXiv:1602.05629).
 
 A contribution is a weighted sum that has `+`: updates stream in one by one, and partial sums from other hosts merge.
-The order of folding shows in the last bit, so whoever must repeat a result folds in the cohort's order. Memory is one
-float64 model whatever the number of updates; inputs are only read, block by block, and may be maps of files.
+The order of folding shows in the last bit, so whoever must repeat a result folds in the cohort's order. Nothing here
+looks at more than one stripe of coordinates: several threads take several, and a model is never in memory as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 Parameters = list[np.ndarray]
 
 BLOCK_ELEMENTS = 32_768  # of float64: accumulator, scratch and input stay in the cache of one core
+STRIPE_ELEMENTS = 4 * BLOCK_ELEMENTS  # read from one update at a time
 
 
 class Abandoned(Exception):
@@ -21,71 +23,104 @@ class Abandoned(Exception):
 
 
 class WeightedMean:
-    """Sum of update * num_examples, and of num_examples, in float64; divided once, at the end.
+    """Of some coordinates: sum of update * num_examples, and of num_examples, in float64; divided once, at the end.
 
     After a fold that raised, and after finish(), what is left is no sum of updates: any later use is an AssertionError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self.num_updates = 0
         self.weight = 0.0
-        self._sums: Parameters | None = []  # None: spent, or spoiled by half a fold
+        self._sum: np.ndarray | None = np.zeros(size)  # None: spent, or spoiled by half a fold
 
-    def fold(self, update: Sequence[np.ndarray], num_examples: float, stop: Callable[[], bool] | None = None) -> None:
-        """Adds an update of the same shapes as those before it.
+    def fold(
+        self,
+        updates: Iterable[tuple[np.ndarray, float]],
+        stop: Callable[[], bool] | None = None,
+        scratch: np.ndarray | None = None,
+    ) -> None:
+        """Adds updates, each with its num_examples: flat, of any real dtype; one is not looked at after the next came.
 
-        Arrays of any real dtype, order and byte order. Raises Abandoned as soon as stop() is true (asked before each
-        block), FloatingPointError if a sum leaves float64's range, TypeError for a dtype that is no real number.
+        Raises Abandoned as soon as stop() is true (asked before each), FloatingPointError if a sum leaves float64's
+        range, TypeError for a dtype that is no real number. scratch: BLOCK_ELEMENTS of float64.
         """
-        sums = self._take()
-        assert num_examples > 0, f"{num_examples} examples"
-        if not self.num_updates:
-            sums = [np.zeros(array.shape) for array in update]
-        _assert_same_shapes(sums, update)
-        scratch = np.empty(BLOCK_ELEMENTS)
+        total = self._take()
+        scratch = np.empty(BLOCK_ELEMENTS) if scratch is None else scratch
         with np.errstate(over="raise"):
-            for total, array in zip(sums, update, strict=True):
-                for sum_block, block in blocks(total, array):
-                    if stop is not None and stop():
-                        raise Abandoned
+            for values, num_examples in updates:
+                assert num_examples > 0, f"{num_examples} examples"
+                assert values.shape == total.shape, f"shape {values.shape}, {total.shape} so far"
+                if stop is not None and stop():
+                    raise Abandoned
+                for start in range(0, total.size, BLOCK_ELEMENTS):
+                    block, sums = values[start : start + BLOCK_ELEMENTS], total[start : start + BLOCK_ELEMENTS]
                     product = scratch[: block.size]
-                    np.multiply(block, num_examples, out=product, dtype=np.float64)
-                    sum_block += product
-        self.num_updates += 1
-        self.weight += num_examples
-        self._sums = sums
+                    # A copy that casts, then a product in place: faster than a product that casts.
+                    np.copyto(product, block, casting="same_kind")
+                    product *= num_examples
+                    sums += product
+                self.num_updates += 1
+                self.weight += num_examples
+        self._sum = total
 
     def merge(self, other: WeightedMean) -> None:
         """Adds the updates folded into `other`, which is spent by it."""
-        sums, others = self._take(), other._take()
-        if self.num_updates and other.num_updates:
-            _assert_same_shapes(sums, others)
-            with np.errstate(over="raise"):
-                for total, array in zip(sums, others, strict=True):
-                    total += array
+        total, others = self._take(), other._take()
+        with np.errstate(over="raise"):
+            total += others
         self.num_updates += other.num_updates
         self.weight += other.weight
-        self._sums = sums or others
+        self._sum = total
 
-    def finish(self) -> Parameters:
+    def finish(self) -> np.ndarray:
         """The mean, float64. Divides in place: the object is spent by it."""
-        sums = self._take()
+        total = self._take()
         assert self.num_updates, "a mean of no updates"
-        for total in sums:
-            total /= self.weight
-        return sums
+        total /= self.weight
+        return total
 
-    def _take(self) -> Parameters:
-        """The sums; whoever still has whole ones when done puts them back."""
-        assert self._sums is not None, "spent, or spoiled by a fold that raised"
-        sums, self._sums = self._sums, None
-        return sums
+    def _take(self) -> np.ndarray:
+        """The sum; whoever still has a whole one when done puts it back."""
+        assert self._sum is not None, "spent, or spoiled by a fold that raised"
+        total, self._sum = self._sum, None
+        return total
 
 
 def result_dtype(base: np.dtype) -> np.dtype:
     """The dtype of the new model: float16, 32 and 64 stay as the global model has them, all else becomes float64."""
     native = base.newbyteorder("=")
     return native if native in (np.float16, np.float32) else np.dtype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Values of one array, in C order."""
+
+    index: int
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+
+def stripes(sizes: Sequence[int], order: Iterable[int]) -> Iterator[list[Piece]]:
+    """All values of arrays of these sizes, taken in this order, cut so that about STRIPE_ELEMENTS are in each."""
+    stripe: list[Piece] = []
+    room = STRIPE_ELEMENTS
+    for index in order:
+        begin = 0
+        while begin < sizes[index]:
+            end = min(sizes[index], begin + room)
+            stripe.append(Piece(index, begin, end))
+            room -= end - begin
+            begin = end
+            if not room:
+                yield stripe
+                stripe, room = [], STRIPE_ELEMENTS
+    if stripe:
+        yield stripe
 
 
 def blocks(*arrays: np.ndarray) -> Iterator[list[np.ndarray]]:
@@ -96,8 +131,3 @@ def blocks(*arrays: np.ndarray) -> Iterator[list[np.ndarray]]:
     flats = [array.reshape(-1) if array.flags.c_contiguous else array.flat for array in arrays]
     for start in range(0, arrays[0].size, BLOCK_ELEMENTS):
         yield [flat[start : start + BLOCK_ELEMENTS] for flat in flats]
-
-
-def _assert_same_shapes(sums: Sequence[np.ndarray], update: Sequence[np.ndarray]) -> None:
-    ours, theirs = [array.shape for array in sums], [array.shape for array in update]
-    assert ours == theirs, f"shapes {theirs}, {ours} so far"

@@ -251,4 +251,4 @@ def _parameters_json(path: Path, helper: str) -> bytes:
     if path.stat().st_size > MAX_PARAMETERS_BYTES:
         raise RequestError(f"the model is larger than {MAX_PARAMETERS_BYTES} bytes: download it")
     with codec.open_model(path, helper, max_bytes=MAX_PARAMETERS_BYTES) as file:
-        return json.dumps({"array": [array.tolist() for array in file.arrays()]}).encode()
+        return json.dumps({"array": [array.tolist() for array in file.copies()]}).encode()

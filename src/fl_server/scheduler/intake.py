@@ -98,22 +98,22 @@ class Intake:
         # a call sent again may be checked beside the first one: each writes a file of its own
         stored = self._work.folder / f"{blob}.{next(self._checks)}.stored"
         path, helper, left = spool.path(blob), wanted.config.helper, threading.Event()
-        check = functools.partial(self._fault, path, helper, layout, announced, stored, left)
+        check = functools.partial(self._checked, path, helper, layout, announced, stored, left)
         try:
-            fault = await loop.run_in_executor(self._work.kernel, check)
+            checked = await loop.run_in_executor(self._work.kernel, check)
         except asyncio.CancelledError:  # the thread goes on
             left.set()
             raise
-        if fault is None and await loop.run_in_executor(self._work.kernel, stored.exists):
+        if checked.stored:
             try:
                 async with asyncio.timeout(patience_s):
                     await self._scheduler.insist(spool.replace, blob, stored)
             except BaseException:
                 await loop.run_in_executor(self._work.kernel, functools.partial(stored.unlink, missing_ok=True))
                 raise
-        return fault
+        return checked.fault
 
-    def _fault(
+    def _checked(
         self,
         path: Path,
         helper: str,
@@ -121,7 +121,7 @@ class Intake:
         announced: Announced,
         stored: Path,
         left: threading.Event,
-    ) -> str | None:
+    ) -> codec.Checked:
         """left: nobody waits for the result any more, and `stored` is litter."""
         try:
             with path.open("rb") as file:
@@ -129,15 +129,16 @@ class Intake:
                 # what another call has replaced is no longer what the client sent, and was compared before
                 if not is_replaced(status):
                     if announced.size_bytes and announced.size_bytes != status.st_size:
-                        return f"{status.st_size} bytes were uploaded, {announced.size_bytes} announced"
+                        fault = f"{status.st_size} bytes were uploaded, {announced.size_bytes} announced"
+                        return codec.Checked(fault)
                     if announced.sha256:
                         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
                         if sha256 != announced.sha256:
-                            return f"sha256 {sha256}, {announced.sha256} announced"
+                            return codec.Checked(f"sha256 {sha256}, {announced.sha256} announced")
             limit = self._work.max_model_bytes
             return codec.check_update(path, layout, helper=helper, max_bytes=limit, stored_copy=stored)
         except FileNotFoundError:
-            return f"upload {path.name} is gone"
+            return codec.Checked(f"upload {path.name} is gone")
         except OSError as away:
             raise Unavailable(f"check {path.name}: {away}") from away
         finally:
