@@ -27,6 +27,7 @@ ALIGN_BYTES = 64  # of each array's data in what we write, so that bytes in memo
 
 _MAX_NAME_BYTES = 1024
 _MAX_DIMENSIONS = 32
+_UNALIGNED_BYTES = 16_384  # so many cost numpy less where they lie than copied to an even address
 _AHEAD_BYTES = 8192  # a zip's header and an npy's fit
 _SHRUNK = "the file has become shorter while it was read"
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: has no bytes
@@ -58,9 +59,9 @@ class Memory:
         return bytes(self.data[at : at + size_bytes])
 
     def view(self, at: int, count: int, dtype: np.dtype[Any]) -> Array | None:
-        """Values where they lie; None: they lie at an address that numpy is slow at."""
+        """Values where they lie; None: they lie at an odd address, and are so many that a copy is worth it."""
         found = np.ndarray(count, dtype, self.data, at)
-        return found if found.flags.aligned else None
+        return found if found.flags.aligned or found.nbytes <= _UNALIGNED_BYTES else None
 
     def fill(self, out: Array, at: int) -> None:
         """out: bytes."""
@@ -73,8 +74,8 @@ class Memory:
 class Disk:
     """A model's bytes in a file, which is read and not mapped.
 
-    A read into a buffer that is used again costs less than the faults of fresh pages, the values come aligned, what the
-    kernel keeps of the file is not this process's memory, and a file that shrinks is a BadModel and not a signal.
+    A read into a buffer that is used again costs no more than the faults of a mapping, the values come aligned, what
+    the kernel keeps of the file is not this process's memory, and a file that shrinks is a BadModel and not a signal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,7 +137,7 @@ class ModelFile:
         """Brings what cannot be read from its middle into memory: values() needs it. Raises BadModel, OSError."""
 
     def values(self, index: int, begin: int, end: int, buffer: Array) -> Array:
-        """The array's values from `begin` to `end` in C order, flat, aligned. Raises BadModel, OSError.
+        """The array's values from `begin` to `end` in C order, flat; aligned if many. Raises BadModel, OSError.
 
         buffer: bytes, large enough; the values may lie in it.
         """

@@ -623,7 +623,7 @@ class NpzWriter:
         self._written_bytes, self._is_whole = [0] * len(layout), [False] * len(layout)
         self._crcs = [zlib.crc32(place.npy_header) for place in self._places]
         self._digest = hashlib.sha256() if digest else None
-        self._digested = 0  # members
+        self._digested = self._digested_bytes = 0  # members, and bytes of the file
         self._buffer = memoryview(bytearray(BLOCK_BYTES if digest else 0))
         self.sha256 = ""
         self.size_bytes = 0
@@ -647,26 +647,28 @@ class NpzWriter:
         self._crcs[index] = zlib.crc32(raw.data, self._crcs[index])
         if self._written_bytes[index] == place.values_bytes:
             self._complete(index)
+        self._digest_on(2 * raw.size)  # not all at once: whoever makes the next blocks would wait
 
     def _complete(self, index: int) -> None:
         place = self._places[index]
         self._put(memoryview(place.header(self._crcs[index])), place.offset)
         self._is_whole[index] = True
-        self._digest_on()
 
-    def _digest_on(self) -> None:
+    def _digest_on(self, most_bytes: int | None = None) -> None:
         """Over members that are whole, read again: the header, which is before the values, holds their CRC."""
         if self._digest is None:
             return
         while self._digested < len(self._places) and self._is_whole[self._digested]:
-            place = self._places[self._digested]
-            at = place.offset
-            while at < place.end:
-                got = os.preadv(self._file.fileno(), [self._buffer[: place.end - at]], at)
+            end = self._places[self._digested].end
+            while self._digested_bytes < end:
+                if most_bytes is not None and most_bytes <= 0:
+                    return
+                got = os.preadv(self._file.fileno(), [self._buffer[: end - self._digested_bytes]], self._digested_bytes)
                 if not got:
                     raise OSError(f"{self._path} has become shorter while it was written")
                 self._digest.update(self._buffer[:got])
-                at += got
+                self._digested_bytes += got
+                most_bytes = most_bytes and most_bytes - got
             self._digested += 1
 
     def _put(self, raw: memoryview, at: int) -> None:
@@ -684,6 +686,7 @@ class NpzWriter:
                 if self._written_bytes[index] != self._places[index].values_bytes:
                     self._refuse(index)
                 self._complete(index)  # an empty one
+        self._digest_on()
         directory = _directory(self._places, self._crcs)
         start = self._places[-1].end if self._places else 0
         self._put(memoryview(directory), start)

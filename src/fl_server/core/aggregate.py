@@ -46,17 +46,19 @@ class WeightedMean:
         """
         total = self._take()
         scratch = np.empty(BLOCK_ELEMENTS) if scratch is None else scratch
+        cuts = []
+        for start in range(0, total.size, BLOCK_ELEMENTS):
+            cut = slice(start, min(start + BLOCK_ELEMENTS, total.size))
+            cuts.append((scratch[: cut.stop - start], total[cut], cut))
         with np.errstate(over="raise"):
             for values, num_examples in updates:
                 assert num_examples > 0, f"{num_examples} examples"
                 assert values.shape == total.shape, f"shape {values.shape}, {total.shape} so far"
                 if stop is not None and stop():
                     raise Abandoned
-                for start in range(0, total.size, BLOCK_ELEMENTS):
-                    block, sums = values[start : start + BLOCK_ELEMENTS], total[start : start + BLOCK_ELEMENTS]
-                    product = scratch[: block.size]
+                for product, sums, cut in cuts:
                     # A copy that casts, then a product in place: faster than a product that casts.
-                    np.copyto(product, block, casting="same_kind")
+                    np.copyto(product, values[cut], casting="same_kind")
                     product *= num_examples
                     sums += product
                 self.num_updates += 1

@@ -41,7 +41,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 MOST_FILES, MOST_HELD_BYTES = 256, 64 << 20  # of updates folded together: only beyond is a sum of whole models kept
 _WIDEST_BYTES = 16  # of a number
-_AHEAD = 4  # stripes that are folded before they can be written, at most
+_AHEAD = 8  # stripes that are folded before they can be written, at most
 _NAMESPACE = uuid.UUID("5b0d5c4e-2d0a-5d8e-8a53-9a9f6c1f0e77")
 
 
@@ -183,6 +183,7 @@ class _Close:
         self._optimizer = server_opt.parse(config.aggregator, config.aggregator_kwargs)
         self._group: list[tuple[Report, codec.ModelFile]] = []  # of updates: open, and folded together
         self._sums: dict[Piece, WeightedMean] = {}  # of the groups before
+        self._compared: codec.Layout = ()  # an update's that is as the model's
         self._room = _Room()
 
     def make(self, base: Path, state: Path | None) -> Made:
@@ -253,9 +254,11 @@ class _Close:
             file = codec.open_model(content, self._config.helper, max_bytes=limit)
         except (OSError, codec.BadModel) as why:
             raise _told(report, why) from why
-        if (fault := codec.layout_fault(file.layout, self._model.layout)) is not None:
-            file.close()
-            raise _told(report, codec.BadModel(fault))
+        if file.layout is not self._compared:  # the updates of a round share one, as a rule
+            if (fault := codec.layout_fault(file.layout, self._model.layout)) is not None:
+                file.close()
+                raise _told(report, codec.BadModel(fault))
+            self._compared = file.layout
         return file
 
     def _close_group(self) -> None:
