@@ -376,3 +376,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(folder)], check=True)
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.long
+async def test_a_disk_that_is_full_for_a_while(
+    undisturbed: bytes, shards: Path, seed: bytes, tmp_path: Path, small_disk: Path
+) -> None:
+    async with (
+        asyncio.timeout(2 * WAIT_S),
+        ServerProcess(small_disk) as server,
+        waiting_for_one(server, shards, seed, tmp_path) as run,
+    ):
+        filler = small_disk / "filler"
+        fill(filler)
+        run.resume(LAST)
+        reason = await readiness(run, 503)
+        assert "No space left" in reason or "disk is full" in reason
+        await asyncio.sleep(AWAY_S)  # it is full for so long: the client's upload is told to come again
+        assert await readiness(run, 503)
+        filler.unlink()
+        await run.until_ended()
+        await readiness(run, 200)
+        assert await run.final_model() == undisturbed
+        log = server.log.read_text()
+        assert (log.count("store away"), log.count("store back")) == (1, 1), server.tail()

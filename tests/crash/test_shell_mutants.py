@@ -53,7 +53,7 @@ MUTANTS = {
     ),
     "an upload's OK before it is found": (
         "combiner/servicer.py",
-        "                            await upload.finish()\n",
+        "                            await self._scheduler.insist(upload.finish)\n",
         "                            loop = asyncio.get_running_loop()\n"
         "                            loop.call_later(2, lambda: asyncio.ensure_future(upload.finish()))\n",
     ),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +14,10 @@ from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
 from fl_server.errors import Unavailable
 from fl_server.store.ports import Collection
-from tests.server.virtual_world import World, on_virtual_time
+from fl_server.store.spool import SpoolFull
+from tests.server.virtual_world import World, on_virtual_time, world
 from tests.server.wire_client import filled, update_of
-from tests.virtual import Context
+from tests.virtual import Context, virtual_loop
 
 STORE_PATIENCE_S = 30.0
 SPOOL_BYTES = 20_000
@@ -27,6 +30,17 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def outages_logged() -> Iterator[list[str]]:
+    lines: list[str] = []
+    handler, logger = _Lines(lines), logging.getLogger("fl_server.scheduler.outage")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
 
 
 async def upload(world: World, client: str, upload_id: str, data: bytes) -> pb.ModelResponse:
@@ -63,6 +77,73 @@ async def test_an_upload_that_never_fits_is_told_to_come_again_after_the_patienc
         await upload(world, "c", "waits", b"y" * 4000)
     assert world.now - began_s == pytest.approx(STORE_PATIENCE_S)
     assert world.scheduler.workshop.spool.used_bytes == SPOOL_BYTES - 2000, "nothing of it is left"
+
+
+@on_virtual_time
+async def test_uploads_that_fill_the_spool_together_do_not_wait_for_each_other(world: World) -> None:
+    """Each holds a half of it: one goes on, the other's client comes again."""
+    world.scheduler.workshop.spool._max_bytes = SPOOL_BYTES
+    began_s = world.now
+
+    async def slowly(client: str) -> bool:
+        async def requests() -> AsyncIterator[pb.ModelRequest]:
+            for _ in range(2):
+                yield pb.ModelRequest(id="u", data=b"x" * (SPOOL_BYTES // 2), status=pb.IN_PROGRESS)
+                await asyncio.sleep(1)
+            yield pb.ModelRequest(id="u", status=pb.OK)
+
+        try:
+            return (await world.servicer.Upload(requests(), Context(client))).status == pb.OK  # type: ignore[arg-type]
+        except SpoolFull:  # the guard in combiner/server.py makes it UNAVAILABLE
+            return False
+
+    assert await asyncio.gather(slowly("a"), slowly("b")) == [True, False]
+    assert world.now - began_s < 5
+
+
+@on_virtual_time
+async def test_uploads_that_wait_for_room_keep_no_small_one_out(world: World) -> None:
+    spool = world.scheduler.workshop.spool
+    spool._max_bytes = SPOOL_BYTES
+    assert (await upload(world, "b", "filler", b"x" * (SPOOL_BYTES - 2000))).status == pb.OK
+    waiting = [asyncio.ensure_future(upload(world, "c", f"{index}", b"y" * 4000)) for index in range(8)]
+    await asyncio.sleep(1)
+    async with asyncio.timeout(1):
+        assert (await upload(world, "a", "small", b"z")).status == pb.OK
+    await spool.remove([spool.find("b", "filler") or ""])
+    ended = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [reply.status for reply in ended if isinstance(reply, pb.ModelResponse)] == [pb.OK] * 4
+    assert [type(error) for error in ended if not isinstance(error, pb.ModelResponse)] == [TimeoutError] * 4
+
+
+@pytest.mark.parametrize("comes_again", [False, True])
+def test_a_spool_whose_disk_takes_nothing_holds_uploads_and_deadlines(comes_again: bool, tmp_path: Path) -> None:
+    away_s = 600.0 if comes_again else 20.0
+
+    async def story() -> None:
+        async with world(tmp_path) as made:
+            a, b = await made.clients("a", "b")
+            session = await made.started(min_clients=2, round_timeout_s=60.0, round_retries=0)
+            task = await b.task()
+            assert await a.train(await a.task(), 1.0) == "ACCEPTED"
+            with outages_logged() as lines:
+                (tmp_path / "spool").rename(tmp_path / "unmounted")
+                reporting = asyncio.ensure_future(b.train(task, 3.0))
+                await asyncio.sleep(away_s)
+                assert "spool" in (made.scheduler.unready() or "")
+                await made.clients("c")  # whatever happens meanwhile, no time has passed
+                if comes_again:
+                    with pytest.raises((TimeoutError, Unavailable)):
+                        await reporting
+                (tmp_path / "unmounted").rename(tmp_path / "spool")
+                assert await (b.train(task, 3.0) if comes_again else reporting) == "ACCEPTED"
+                assert await made.result(session) == 2.0
+                await asyncio.sleep(10)
+            assert made.scheduler.unready() is None
+            assert lines == ["store away", "store back"]
+
+    with virtual_loop() as loop:
+        loop.run_until_complete(asyncio.wait_for(story(), 36_000))
 
 
 @on_virtual_time
@@ -117,10 +198,7 @@ async def test_an_outage_of_ten_minutes_neither_closes_a_round_nor_fails_its_ses
 
 @on_virtual_time
 async def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(world: World) -> None:
-    lines: list[str] = []
-    handler = _Lines(lines)
-    logging.getLogger("fl_server.scheduler.outage").addHandler(handler)
-    try:
+    with outages_logged() as lines:
         world.store.away = True
         asking = [
             asyncio.ensure_future(world.scheduler.patch(Collection.MODELS, "seed", {"name": "x"})) for _ in range(3)
@@ -129,8 +207,6 @@ async def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(world: 
         world.store.away = False
         await asyncio.gather(*asking)
         await asyncio.sleep(10)
-    finally:
-        logging.getLogger("fl_server.scheduler.outage").removeHandler(handler)
     assert lines == ["store away", "store back"]
 
 

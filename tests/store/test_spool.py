@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -202,14 +203,15 @@ async def test_what_does_not_fit_is_refused_with_the_numbers_and_nothing_is_take
     await upload.write(b"4")
     assert spool.path(await upload.finish()).read_bytes() == b"1234"
     assert spool.used_bytes == 10
-    assert issubclass(SpoolFull, Unavailable)
+    assert not issubclass(SpoolFull, Unavailable), "it is no outage"
+    assert SpoolFull.grpc_status is Unavailable.grpc_status
 
 
 async def test_room_comes_by_removal_of_what_is_over(folder: Path, executor: Executor) -> None:
     spool = await opened(folder, executor, max_bytes=10)
     names = [await received(spool, "c", f"{n}", b"12345") for n in range(2)]
     async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
-        waiting = tasks.create_task(spool.wait_for_room(7))
+        waiting = tasks.create_task((await spool.begin("c", "w")).wait_for_room(7))
         await spool.remove(names[:1])
         assert not waiting.done()
         await spool.remove(names[1:])
@@ -221,7 +223,7 @@ async def test_room_comes_by_an_abort(folder: Path, executor: Executor) -> None:
     upload = await spool.begin("c", "u")
     await upload.write(b"123456")
     async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
-        tasks.create_task(spool.wait_for_room(10))
+        tasks.create_task((await spool.begin("c", "w")).wait_for_room(10))
         await upload.abort()
     assert spool.used_bytes == 0
 
@@ -231,17 +233,69 @@ async def test_a_wait_for_room_ends_at_the_callers_deadline_and_leaves_nothing(
 ) -> None:
     spool = await opened(folder, executor, max_bytes=10)
     name = await received(spool, "c", "u", b"123456")
+    upload = await spool.begin("c", "w")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):
-            await spool.wait_for_room(5)
+            await upload.wait_for_room(5)
     await spool.remove([name])
-    await spool.wait_for_room(10)
+    await upload.wait_for_room(10)
 
 
 async def test_what_will_never_fit_is_not_waited_for(folder: Path, executor: Executor) -> None:
     spool = await opened(folder, executor, max_bytes=10)
+    upload = await spool.begin("c", "u")
+    await upload.write(b"123456")
     with pytest.raises(SpoolFull, match="11 bytes will never fit"):
-        await spool.wait_for_room(11)
+        await upload.wait_for_room(5)
+
+
+async def begun(spool: Spool, *sizes: int) -> list[Upload]:
+    uploads = [await spool.begin("c", f"{index}") for index, _ in enumerate(sizes)]
+    for upload, size_bytes in zip(uploads, sizes, strict=True):
+        await upload.write(b"x" * size_bytes)
+    return uploads
+
+
+async def writing(tasks: asyncio.TaskGroup, uploads: list[Upload], size_bytes: int) -> list[asyncio.Task[bool]]:
+    """Each ends with whether it could, or had to give up what it held; the oldest begins to wait last."""
+
+    async def wait(upload: Upload) -> bool:
+        while True:
+            try:
+                await upload.write(b"x" * size_bytes)
+                return True
+            except SpoolFull:
+                try:
+                    await upload.wait_for_room(size_bytes)
+                except SpoolFull:
+                    await upload.abort()
+                    return False
+
+    begun = [tasks.create_task(wait(upload)) for upload in reversed(uploads)]
+    await asyncio.sleep(0)
+    return begun[::-1]
+
+
+async def test_of_those_that_hold_the_room_together_the_oldest_gets_it(folder: Path, executor: Executor) -> None:
+    spool = await opened(folder, executor, max_bytes=10)
+    uploads = await begun(spool, 2, 4, 4)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        first, second, third = await writing(tasks, uploads, 4)
+        assert (await first, await third) == (True, False)
+        assert not second.done(), "it waits: what the third held was enough"
+        await uploads[0].abort()
+        assert await second
+
+
+async def test_nobody_gives_way_where_that_would_not_help(folder: Path, executor: Executor) -> None:
+    spool = await opened(folder, executor, max_bytes=10)
+    name = await received(spool, "d", "complete", b"123456")
+    uploads = await begun(spool, 2, 2)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        both = await writing(tasks, uploads, 3)
+        assert not any(task.done() for task in both)
+        await spool.remove([name])
+        assert [await task for task in both] == [True, True]
 
 
 async def test_uploads_found_at_a_restart_count(folder: Path, executor: Executor) -> None:
@@ -325,6 +379,28 @@ async def test_a_finish_that_failed_may_be_repeated(
         await upload.finish()
     assert spool.find("c", "u") is None
     assert spool.path(await upload.finish()).read_bytes() == b"a" * before_bytes + b"bcde"
+
+
+@pytest.mark.parametrize("before_bytes", [0, 3 * MIB])
+async def test_a_disk_without_room_for_what_failed_is_away_until_it_has_it(
+    spool: Spool, folder: Path, fill_the_disk: Callable[[], None], before_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await spool.probe()
+    upload = await spool.begin("c", "u")
+    await upload.write(b"a" * before_bytes)
+    await upload.write(b"b")
+    fill_the_disk()
+    with pytest.raises(Unavailable):
+        await upload.finish()
+    free = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=before_bytes - 2 * MIB))
+    if before_bytes:
+        with pytest.raises(Unavailable, match=f"write {before_bytes + 1} bytes: No space left"):
+            await spool.probe()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    await spool.probe()
+    await upload.abort()
+    assert files(folder) == []
 
 
 async def test_abort_after_a_failed_finish_leaves_nothing(

@@ -51,6 +51,7 @@ class Servicer:
     def __init__(self, scheduler: Scheduler, intake: Intake, downloads: Downloads, limits: Limits) -> None:
         self._scheduler, self._intake, self._downloads, self._limits = scheduler, intake, downloads, limits
         self._upload_turns = asyncio.Semaphore(limits.uploads_at_once)
+        self._without_turn = asyncio.Semaphore(limits.uploads_at_once)
         self._ids: dict[str, ClientId] = {}  # what attached clients call themselves in metadata, if not by their id
         self._streams_of: Counter[str] = Counter()  # by address
 
@@ -193,7 +194,7 @@ class Servicer:
         upload: spooling.Upload | None = None
         async with asyncio.timeout(limits.store_patience_s):
             client = await self._sender(context, pb.Client())
-        async with self._upload_turns:
+        async with Turn(self._upload_turns, self._without_turn) as turn:
             try:
                 stream = aiter(requests)
                 while True:
@@ -218,10 +219,10 @@ class Servicer:
                         why = f"more than max_model_bytes ({limits.max_model_bytes}); the server's owner can raise it"
                         return _refused(request.id, why)
                     if request.data:
-                        await self._write(upload, request.data)
+                        await self._write(upload, request.data, turn)
                     if request.status == pb.OK:
                         async with asyncio.timeout(limits.store_patience_s):
-                            await upload.finish()
+                            await self._scheduler.insist(upload.finish)
                         return pb.ModelResponse(id=request.id, status=pb.OK, message="Got model successfully.")
             finally:
                 if upload:
@@ -272,18 +273,40 @@ class Servicer:
             return await self._scheduler.task_of_round(client, *named)
         return await self._scheduler.task_of_model(client, update.model_id, update.model_update_id)
 
-    async def _write(self, upload: spooling.Upload, data: bytes) -> None:
+    async def _write(self, upload: spooling.Upload, data: bytes, turn: Turn) -> None:
         async with asyncio.timeout(self._limits.store_patience_s):
             while True:
                 try:
-                    await upload.write(data)
+                    await self._scheduler.insist(upload.write, data)
                     return
                 except spooling.SpoolFull:
-                    await self._scheduler.workshop.spool.wait_for_room(len(data))
+                    await turn.leave()
+                    await upload.wait_for_room(len(data))
 
     def _note_stream(self, client: ClientId, name: str, verb: str) -> None:
         document = convert.stream_status(client, name, verb, self._scheduler.clock())
         self._scheduler.journal.offer(Collection.STATUSES, document)
+
+
+class Turn:
+    """One upload's. It leaves it to another when it waits for room in the spool, and then goes on without: not more
+    than have a turn, or what all of them hold in memory would have no bound."""
+
+    def __init__(self, turns: asyncio.Semaphore, without: asyncio.Semaphore) -> None:
+        self._held, self._without = turns, without
+
+    async def __aenter__(self) -> Turn:
+        await self._held.acquire()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._held.release()
+
+    async def leave(self) -> None:
+        if self._held is not self._without and not self._without.locked():
+            await self._without.acquire()  # at once: it is not locked
+            self._held.release()
+            self._held = self._without
 
 
 def metadata(context: Context, key: str) -> str:

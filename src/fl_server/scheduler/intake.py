@@ -13,9 +13,10 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fl_client.wire import codec
 from fl_server.core.model import ModelId, ModelUpdate, SessionRecord, Task, UpdateId
@@ -24,6 +25,8 @@ from fl_server.scheduler.calls import Reply
 from fl_server.scheduler.scheduler import Scheduler
 from fl_server.store.spool import is_replaced
 
+P = ParamSpec("P")
+T = TypeVar("T")
 LAYOUTS_KEPT = 64
 UNCHECKED = "its task was not open when it came"  # heard only if the task is opened before it is decided
 MOST_EXAMPLES = 2**53  # float64 counts them exactly
@@ -75,18 +78,21 @@ class Intake:
             return await self._scheduler.update(task, update, fault)
 
     async def _copy(self, task: Task, blob: str, patience_s: float) -> str | None:
-        """Only what follows a failure is cut off: a copy takes what it takes, as the check does."""
         if (copies := self._work.copies) is None:
             return None
         try:
-            try:
-                await copies.add(task, blob)
-            except Unavailable:
-                async with asyncio.timeout(patience_s):
-                    await self._scheduler.insist(copies.add, task, blob)
+            await self._insist(patience_s, copies.add, task, blob)
         except Missing as gone:
             return str(gone)
         return None
+
+    async def _insist(self, patience_s: float, work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Only what follows a failure is cut off: a copy takes what it takes, and so does a check."""
+        try:
+            return await work(*args, **kwargs)
+        except Unavailable:
+            async with asyncio.timeout(patience_s):
+                return await self._scheduler.insist(work, *args, **kwargs)
 
     async def _check(self, blob: str, wanted: SessionRecord, announced: Announced, patience_s: float) -> str | None:
         loop, spool = asyncio.get_running_loop(), self._work.spool
@@ -97,13 +103,18 @@ class Intake:
             return f"the global model is gone: {gone}"
         # a call sent again may be checked beside the first one: each writes a file of its own
         stored = self._work.folder / f"{blob}.{next(self._checks)}.stored"
-        path, helper, left = spool.path(blob), wanted.config.helper, threading.Event()
-        check = functools.partial(self._checked, path, helper, layout, announced, stored, left)
-        try:
-            checked = await loop.run_in_executor(self._work.kernel, check)
-        except asyncio.CancelledError:  # the thread goes on
-            left.set()
-            raise
+        path, helper = spool.path(blob), wanted.config.helper
+
+        async def check() -> codec.Checked:
+            left = threading.Event()
+            work = functools.partial(self._checked, path, helper, layout, announced, stored, left)
+            try:
+                return await loop.run_in_executor(self._work.kernel, work)
+            except asyncio.CancelledError:  # the thread goes on
+                left.set()
+                raise
+
+        checked = await self._insist(patience_s, check)
         if checked.stored:
             try:
                 async with asyncio.timeout(patience_s):
@@ -140,6 +151,7 @@ class Intake:
         except FileNotFoundError:
             return codec.Checked(f"upload {path.name} is gone")
         except OSError as away:
+            stored.unlink(missing_ok=True)  # a part of it, on a disk that is full
             raise Unavailable(f"check {path.name}: {away}") from away
         finally:
             if left.is_set():

@@ -487,6 +487,7 @@ class Scheduler:
         probes = (
             functools.partial(self.store.get, Collection.SESSIONS, ""),
             functools.partial(self.models.size_bytes, "probe"),
+            self.workshop.spool.probe,
         )
         await self.outages.watch(probes, returned)
 

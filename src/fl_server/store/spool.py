@@ -8,6 +8,7 @@ called on the loop, and only there, but for content(); the disk is touched in th
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import itertools
 import os
@@ -19,11 +20,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from fl_server.errors import Missing, Unavailable
+from fl_server.errors import Missing, StoreError, Unavailable
 from fl_server.store.disk import PART, disk_errors, make_folder, place, sync
 from fl_server.store.segments import Segments, write_all
 
@@ -35,8 +37,12 @@ _NAME = re.compile(r"[0-9a-f]{32}\.[0-9]{20}")
 _REPLACED_MODE = 0o440  # uploads can be written, replaced files cannot: a mark that is set with the name
 
 
-class SpoolFull(Unavailable):
-    """It does not fit now: wait_for_room(), and again."""
+class SpoolFull(StoreError):
+    """It does not fit now: wait_for_room(), and again. Not Unavailable: the disk is well, and time goes on."""
+
+    code = Unavailable.code
+    http_status = Unavailable.http_status
+    grpc_status = Unavailable.grpc_status
 
 
 class Spool:
@@ -66,8 +72,9 @@ class Spool:
         self._last_nonce = 0
         self._parts = itertools.count()
         self._held: Counter[str] = Counter()
-        self._waiting: set[asyncio.Future[None]] = set()
         self._segments = Segments(folder, executor, fsync=fsync)
+        self._waiting: dict[Upload, Waiter] = {}
+        self._failed_bytes = 0  # what an upload needs that met a disk without room, until another one is complete
 
     async def open(self) -> None:
         """Finds what an earlier process left: complete uploads stay, all files whose names end in ".part" go."""
@@ -91,7 +98,8 @@ class Spool:
 
     async def begin(self, client: str, upload: str) -> Upload:
         """Nothing is on disk yet. Whoever begins calls finish() or, in `finally`, abort()."""
-        return Upload(self, _stem(client, upload), self._folder / f"{next(self._parts)}{PART}")
+        number = next(self._parts)
+        return Upload(self, number, _stem(client, upload), self._folder / f"{number}{PART}")
 
     def find(self, client: str, upload: str) -> str | None:
         """The newest complete one."""
@@ -125,19 +133,20 @@ class Spool:
     def used_bytes(self) -> int:
         return self._used_bytes
 
-    async def wait_for_room(self, size_bytes: int) -> None:
-        """Returns when that many bytes fit; nothing is set aside. Raises SpoolFull if they never will."""
-        if size_bytes > self._max_bytes:
-            raise SpoolFull(
-                f"{size_bytes} bytes will never fit into a spool of {self._max_bytes}: raise spool_max_bytes"
-            )
-        while self._used_bytes + size_bytes > self._max_bytes:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiting.add(waiter)
+    async def probe(self) -> None:
+        """Raises Unavailable if the disk takes nothing, or has no room for what an upload failed of."""
+        part = self._folder / f"{next(self._parts)}{PART}"
+        needed_bytes = self._failed_bytes
+
+        def work() -> None:
             try:
-                await waiter
+                part.write_bytes(bytes(min(max(needed_bytes, 1), _BUFFER_BYTES)))
+                if needed_bytes > _BUFFER_BYTES + shutil.disk_usage(self._folder).free:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
-                self._waiting.discard(waiter)
+                part.unlink(missing_ok=True)
+
+        await self._run(f"write {needed_bytes} bytes", work)
 
     async def replace(self, name: str, path: Path) -> None:
         """The file at `path`, in the spool's file system, takes the place of the upload; it is gone afterwards.
@@ -276,9 +285,24 @@ class Spool:
 
     def _release(self, size_bytes: int) -> None:
         self._used_bytes -= size_bytes
-        for waiter in self._waiting:
-            if not waiter.done():
-                waiter.set_result(None)
+        for upload in sorted(self._waiting, key=lambda upload: upload.number):  # the oldest comes first
+            if not (room := self._waiting[upload].room).done():
+                room.set_result(None)
+
+    def _let_oldest_on(self) -> None:
+        """If what younger ones hold that wait, too, is what the oldest needs, they give way.
+
+        Else those that each hold a part would wait for each other, all in vain, and do so again when they come again.
+        """
+        oldest, *younger = sorted(self._waiting, key=lambda upload: upload.number)
+        lacking_bytes = self._used_bytes + self._waiting[oldest].size_bytes - self._max_bytes
+        if lacking_bytes > sum(upload.size_bytes for upload in younger):
+            return
+        for upload in reversed(younger):
+            if lacking_bytes > 0 and upload.size_bytes:
+                lacking_bytes -= upload.size_bytes
+                if not (room := self._waiting[upload].room).done():
+                    room.set_exception(SpoolFull("the spool is full, and an upload that began before needs the room"))
 
     def _start(self, doing: str, work: Callable[[], T]) -> asyncio.Future[T]:
         def on_thread() -> T:
@@ -291,14 +315,21 @@ class Spool:
         return await self._start(doing, work)
 
 
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    size_bytes: int  # more are needed
+    room: asyncio.Future[None]
+
+
 class Upload:
     """One upload while it comes in; one task uses it.
 
     A write() that raised took nothing and may be repeated, and so may finish(); after a cancelled one only abort().
     """
 
-    def __init__(self, spool: Spool, stem: str, part: Path) -> None:
-        self._spool, self._stem, self._part = spool, stem, part
+    def __init__(self, spool: Spool, number: int, stem: str, part: Path) -> None:
+        """number: grows from one to the next."""
+        self._spool, self.number, self._stem, self._part = spool, number, stem, part
         self._chunks: list[bytes] = []  # behind what is in the part file
         self._chunks_bytes = 0
         self._flushed_bytes = 0
@@ -326,6 +357,26 @@ class Upload:
                 raise
             self._flushed_bytes, self._chunks, self._chunks_bytes = self.size_bytes, [], 0
 
+    async def wait_for_room(self, size_bytes: int) -> None:
+        """Returns when that many bytes more fit; nothing is set aside.
+
+        Raises SpoolFull if they never will, or if an older upload that waits needs what this one holds.
+        """
+        spool = self._spool
+        if self.size_bytes + size_bytes > spool._max_bytes:
+            raise SpoolFull(
+                f"{self.size_bytes + size_bytes} bytes will never fit into a spool of {spool._max_bytes}: "
+                "raise spool_max_bytes"
+            )
+        while spool._used_bytes + size_bytes > spool._max_bytes:
+            waiter = Waiter(size_bytes, asyncio.get_running_loop().create_future())
+            spool._waiting[self] = waiter
+            try:
+                spool._let_oldest_on()
+                await waiter.room
+            finally:
+                del spool._waiting[self]
+
     async def finish(self) -> str:
         """Returns its name: it is durable, and found."""
         if self._aborted:
@@ -347,6 +398,7 @@ class Upload:
             else:
                 await self._spool._segments.append(name, self._chunks)
             self._finished = True
+            self._spool._failed_bytes = 0
             self._spool._release(self.size_bytes)
             self._spool._keep(name, self.size_bytes)
             self._flushed_bytes, self._chunks, self._chunks_bytes = self.size_bytes, [], 0
@@ -388,7 +440,12 @@ class Upload:
                 if self._aborted:  # its call was cancelled, and abort() may have found nothing to remove yet
                     self._discard()
 
-        await self._spool._run(doing, on_thread)
+        try:
+            await self._spool._run(doing, on_thread)
+        except Unavailable:
+            largest_bytes = max(self._spool._sizes.values(), default=0)  # it may be the first piece that failed
+            self._spool._failed_bytes = max(self._spool._failed_bytes, self.size_bytes, largest_bytes)
+            raise
 
 
 def is_replaced(status: os.stat_result) -> bool:
