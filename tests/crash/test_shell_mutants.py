@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SUITE = ("tests/crash/test_every_call.py", "tests/server/test_aggregation.py")
+SUITE = ("tests/crash/test_every_call.py", "tests/server/test_aggregation.py", "tests/server/test_patience.py")
 
 MUTANTS = {
     "answered before the save": (
@@ -91,6 +91,21 @@ MUTANTS = {
         "scheduler/intake.py",
         "await self._scheduler.insist(spool.replace, blob, stored)",
         "await spool.replace(blob, stored)",
+    ),
+    "an outage lets deadlines pass": (
+        "scheduler/outage.py",
+        "return self._clock() if self._since is None else self._since",
+        "return self._clock()",
+    ),
+    "a full disk is no outage": (
+        "combiner/servicer.py",
+        "await self._scheduler.insist(upload.finish)",
+        "await upload.finish()",
+    ),
+    "an outage ends although the disk is still full": (
+        "scheduler/scheduler.py",
+        "            self.workshop.spool.probe,\n",
+        "",
     ),
 }
 
