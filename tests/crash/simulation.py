@@ -39,6 +39,7 @@ from tests.virtual import Context, virtual_loop
 
 T = TypeVar("T")
 BACKOFF_S, RESTART_S, SESSION = 10.0, 3.0, "s"
+CLEARED_S = 5.0  # what the last round leaves is cleared beside it, and within this time
 STATE_CALLS = ("save", "insert", "append", "get", "find", "count", "reports")
 BLOB_CALLS = ("put", "put_file", "local", "get", "size_bytes", "delete")
 SPOOL_CALLS = ("begin", "missing", "remove", "replace", "path")
@@ -257,6 +258,8 @@ class Ended:
     reports: dict[int, list[dict[str, Any]]]  # by round, of its first attempt
     models: list[str]
     blob: bytes
+    kept: list[str]  # keys of updates
+    spooled: set[str]  # blobs
 
     @property
     def result(self) -> tuple[GlobalModel, list[str], bytes]:
@@ -296,10 +299,12 @@ class Federation:
         between_lives: Callable[[Path], None] | None = None,
         places: Places = embedded,
         round_timeout_s: float = 30.0,
+        delete_models_storage: bool = True,
         pool: ThreadPoolExecutor | None = None,
     ) -> None:
         """pool: for a loop that does not run everything at once."""
         self.places, self.round_timeout_s = places, round_timeout_s
+        self.delete_models_storage = delete_models_storage
         self.folder, self.deaths, self.make_store = folder, list(deaths), store
         self.faults, self.between_lives = faults, between_lives
         self.network, self.lives = Network(), 0
@@ -386,7 +391,13 @@ class Federation:
             GlobalModel(ModelId("seed")), helper=codec.NUMPY, name=None, session_id=None, at=0.0
         )
         await life.scheduler.store.append(Collection.MODELS, [model])
-        config = SessionConfig(rounds=3, min_clients=2, round_timeout_s=self.round_timeout_s, validation_timeout_s=30.0)
+        config = SessionConfig(
+            rounds=3,
+            min_clients=2,
+            round_timeout_s=self.round_timeout_s,
+            validation_timeout_s=30.0,
+            delete_models_storage=self.delete_models_storage,
+        )
         with contextlib.suppress(Invalid):  # it exists: we asked before, and the answer was lost
             await life.scheduler.create(config, name=None, model_id="seed", session_id=SESSION)
 
@@ -411,7 +422,10 @@ class Federation:
         models = [document["model"] for document in await store.find(Collection.MODELS, of_session)]
         rounds = await store.find(Collection.ROUNDS, Query((Condition("fl.attempt", "eq", 1),)))
         reports = {found["fl"]["number"]: await store.reports(found["round_id"]) for found in rounds}
-        return Ended(record, reports, models, await scheduler.models.get(record.model.id))
+        blob = await scheduler.models.get(record.model.id)
+        await asyncio.sleep(CLEARED_S)
+        kept = [key for key, _ in await scheduler.updates.keys()]
+        return Ended(record, reports, models, blob, kept, set(scheduler.workshop.spool._sizes))
 
 
 async def attached(life: Life) -> int:

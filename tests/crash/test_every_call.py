@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from fl_client.wire import fl_pb2 as pb
-from fl_server.core.model import Status
+from fl_server.core.model import SessionId, Status
 from fl_server.errors import Unavailable
+from fl_server.scheduler.copies import key_of
 from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import Put
 from fl_server.store.spool import Spool
 from fl_server.store.sqlite import SqliteStateStore
-from tests.crash.simulation import Ended, Federation, OneByOne, simulate
+from tests.crash.simulation import SESSION, Ended, Federation, OneByOne, simulate
 
 STORES = [SqliteStateStore, OneByOne]
 SAMPLE = pytest.param(23, id="sample")
@@ -70,6 +71,21 @@ def test_the_process_dies_at_its_kth_call(undisturbed: Undisturbed, after: bool,
         federation, ended = simulate(tmp_path / str(k), [(k, after)], store=undisturbed.store)
         assert federation.lives == 2, f"call {k} of {undisturbed.calls} did not come"
         undisturbed.check(federation, ended)
+
+
+@pytest.mark.parametrize("step", [SAMPLE, pytest.param(1, id="every", marks=pytest.mark.long)])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_updates_that_a_session_keeps_are_kept_and_leave_the_spool(step: int, after: bool, tmp_path: Path) -> None:
+    keeps = {"delete_models_storage": False}
+    calm, _ = simulate(tmp_path / "calm", **keeps)
+    for k in range(1 + 3 * after, calm.calls + 1, step):
+        federation, ended = simulate(tmp_path / str(k), [(k, after)], **keeps)
+        assert federation.lives == 2
+        for number, reports in ended.reports.items():
+            blobs = {report["update"]["blob"] for report in reports if report["verdict"] == "accepted"}
+            kept = {key_of(SessionId(SESSION), number, 1, blob) for blob in blobs}
+            assert kept <= set(ended.kept), f"call {k}"
+            assert not blobs & ended.spooled, f"call {k}"
 
 
 @pytest.mark.parametrize("draws", [pytest.param(8, id="sample"), pytest.param(300, id="many", marks=pytest.mark.long)])

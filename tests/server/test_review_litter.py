@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from fl_server.core.events import Discard
 from fl_server.core.model import ClientId, SessionId
 from fl_server.core.session import GONE_KEPT
 from tests.core.story import attach, detach, started
@@ -29,6 +30,21 @@ async def test_updates_that_are_to_be_kept_are_not_swept_before_they_are(world: 
     await world.ended(session)
     await asyncio.sleep(17_000)
     assert len(await updates.keys()) == 2
+    assert spool.used_bytes == 0
+
+
+@on_virtual_time
+async def test_an_upload_that_a_later_attempt_counts_on_does_not_leave_with_the_former(world: World) -> None:
+    a, b = await world.clients("a", "b")
+    session = await world.started(min_clients=2, round_retries=0)
+    assert await a.train(await a.task(), 1.0) == "ACCEPTED"
+    spool, running = world.scheduler.workshop.spool, world.scheduler._sessions[SessionId(session)]
+    running.clear(Discard(1, 0, tuple(running.blobs())))
+    await asyncio.sleep(5)
+    assert not await spool.missing(running.blobs())
+    assert await b.train(await b.task(), 3.0) == "ACCEPTED"
+    assert await world.result(session) == 2.0
+    await asyncio.sleep(5)
     assert spool.used_bytes == 0
 
 

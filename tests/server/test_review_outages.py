@@ -10,7 +10,8 @@ import pytest
 
 from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
-from fl_server.core.model import Status
+from fl_server.core.events import ClientAttached
+from fl_server.core.model import ClientId, SessionId, Status
 from fl_server.errors import Unavailable
 from fl_server.scheduler.journal import QUEUE_SIZE
 from fl_server.store.ports import Collection
@@ -143,3 +144,27 @@ async def test_a_call_that_fails_of_an_outage_after_its_end_begins_no_new_one(wo
     assert await hanging == "done"
     assert outages.past_s == past_s
     assert not outages.away
+
+
+@on_virtual_time
+async def test_a_client_whose_leaving_is_cancelled_twice_is_gone_all_the_same(world: World) -> None:
+    """gRPC cancels a handler a second time when it does not end at once: here an inbox is full."""
+    client, other = await world.clients("a", "b")
+    session = world.scheduler._sessions[SessionId(await world.started(min_clients=2))]
+    task = await other.task()
+    world.store.away = True
+    reporting = asyncio.ensure_future(other.train(task, 1.0))
+    await asyncio.sleep(1)
+    while not session.inbox.full():
+        session.inbox.put_nowait(ClientAttached(ClientId("c")))
+    for _ in range(2):
+        client._stream.cancel()
+        await asyncio.sleep(1)
+    assert client._stream.done()
+    world.store.away = False
+    assert await reporting == "ACCEPTED"
+    await world.event("client", client_id="a", status="offline")
+    await asyncio.sleep(5)
+    document = await world.store.get(Collection.CLIENTS, "a")
+    assert document and document["status"] == "offline"
+    assert session._session.attached.keys() == {"b", "c"}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
+from fl_server.core.model import Status
+from fl_server.errors import Unavailable
 from fl_server.scheduler.scheduler import METRICS_SHOWN
-from fl_server.store.ports import Collection, Query
+from fl_server.store.ports import Collection, Put, PutReport, Query, Write
 from tests.server.virtual_world import World, on_virtual_time
 from tests.server.wire_client import SHAPES, update_of
 from tests.virtual import Context
@@ -73,3 +77,60 @@ async def test_the_feed_holds_a_bounded_number_of_a_clients_metrics(world: World
     assert len(shown) == METRICS_SHOWN
     [stored] = await world.store.find(Collection.VALIDATIONS, Query())
     assert stored["data"] == data
+
+
+def break_saves(world: World, session: str, *kinds: type[Write]) -> None:
+    """From now on writes of these kinds that concern this session cannot be encoded."""
+    save = world.store.save
+
+    async def broken(writes: list[Write]) -> None:
+        if any(isinstance(write, kinds) and session in repr(write) for write in writes):
+            raise TypeError("what is this?")
+        await save(writes)
+
+    world.store.save = broken  # type: ignore[method-assign]
+
+
+@on_virtual_time
+async def test_a_bug_in_a_save_ends_its_session_and_not_the_server(world: World) -> None:
+    [client] = await world.clients("a")
+    session, other = await world.started(), await world.started()
+    tasks = {task.session_id: task for task in (await client.task(), await client.task())}
+    break_saves(world, session, PutReport)
+    with pytest.raises(Unavailable, match="incident"):
+        await client.train(tasks[session], 1.0)
+    record = await world.ended(session)
+    assert (record.status, record.reason[:8]) == (Status.FAILED, "incident")
+    assert await client.train(tasks[session], 1.0) == "LATE", "it still says what is to be said"
+    assert await client.train(tasks[other], 2.0) == "ACCEPTED"
+    assert await world.result(other) == 2.0
+
+
+@on_virtual_time
+async def test_a_session_that_cannot_even_be_ended_refuses_calls_and_leaves_the_others_alone(world: World) -> None:
+    [client] = await world.clients("a")
+    session, other = await world.started(), await world.started()
+    tasks = {task.session_id: task for task in (await client.task(), await client.task())}
+    break_saves(world, session, PutReport, Put)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="incident"):
+            await client.train(tasks[session], 1.0)
+    with pytest.raises(Unavailable, match="incident"):
+        await world.scheduler.stop(session)
+    assert await client.train(tasks[other], 2.0) == "ACCEPTED"
+    assert await world.result(other) == 2.0
+
+
+@on_virtual_time
+async def test_a_bug_while_updates_are_kept_ends_its_session_and_not_the_server(world: World) -> None:
+    [client] = await world.clients("a")
+    session = await world.started(rounds=2, delete_models_storage=False)
+
+    async def broken(key: str, path: Path) -> None:
+        raise TypeError("what is this?")
+
+    world.scheduler.updates.put_file = broken  # type: ignore[method-assign]
+    assert await client.train(await client.task(), 1.0) == "ACCEPTED"
+    record = await world.ended(session)
+    assert (record.status, record.reason[:8]) == (Status.FAILED, "incident")
+    assert record.model.round == 1

@@ -95,11 +95,13 @@ class Servicer:
             while assignment := await mailbox.next():
                 await context.write(convert.task_request(assignment, scheduler.clock()))
         finally:
-            await scheduler.detach(mailbox)
-            self._note_stream(client, name, "disconnected from")
-            # else a newer stream of the client is known by this name, or another client
-            if client not in scheduler.streams.attached() and self._ids.get(said) == client:
-                del self._ids[said]
+            try:
+                await scheduler.detach(mailbox)
+            finally:
+                self._note_stream(client, name, "disconnected from")
+                # else a newer stream of the client is known by this name, or another client
+                if client not in scheduler.streams.attached() and self._ids.get(said) == client:
+                    del self._ids[said]
         match mailbox.ending:
             case Ending.REPLACED:
                 await context.abort(grpc.StatusCode.ABORTED, mailbox.detail)

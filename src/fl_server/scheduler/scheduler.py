@@ -23,6 +23,7 @@ from fl_server.core.events import (
     ClientAttached,
     ClientDetached,
     DeadlinePassed,
+    Discard,
     Reconfigured,
     Recovered,
     StartRequested,
@@ -112,6 +113,7 @@ class Scheduler:
         self._sessions: dict[SessionId, SessionTask] = {}
         self._arriving: Counter[ClientId] = Counter()  # their presence is being recorded
         self._tasks: asyncio.TaskGroup
+        self._telling: set[asyncio.Task[None]] = set()  # that clients left
         self._round_ids = itertools.count(1)
         self._not_running: str | None = "starting"
 
@@ -129,7 +131,7 @@ class Scheduler:
                 yield self
             finally:
                 self.stop_serving()
-                for task in background:
+                for task in [*background, *self._telling]:
                     task.cancel()
                 for session in self._sessions.values():
                     session.main.cancel()
@@ -167,6 +169,7 @@ class Scheduler:
             logger.info("session recovered", extra={"session": session_id, "expected": len(expected)})
         await self._end_runs()
         await self._end_rounds()
+        await self._clear_rounds()
         await self.predictions.recover(expected)
         return [
             ("forget absent", self._forget_absent(expected)),
@@ -199,6 +202,44 @@ class Scheduler:
                 under_way.add((record.model.round + 1, record.attempt))
             if (round["fl"]["number"], round["fl"]["attempt"]) not in under_way:
                 await self.write([records.round_end(round["round_id"], record.reason, self.clock())])
+
+    async def _clear_rounds(self) -> None:
+        """Likewise of updates that were to leave the spool: to where its session keeps them, or to make room."""
+        keeps = Condition("fl.record.config.delete_models_storage", "eq", False)
+        documents = await self._find(Collection.SESSIONS, keeps)
+        running = [id for id, task in self._sessions.items() if task.running]
+        for session_id in dict.fromkeys([*running, *(SessionId(document["session_id"]) for document in documents)]):
+            if ended := await self._uncleared(session_id):
+                task = self._sessions.get(session_id) or await self._load(session_id)
+                for discard in ended:
+                    task.clear(discard)
+
+    async def _uncleared(self, session_id: SessionId) -> list[Discard]:
+        """Attempts that are over and have updates in the spool, oldest first: they were cleared in their order."""
+        session = await self.insist(self.store.get, Collection.SESSIONS, session_id)
+        record = records.session_record(session) if session else None
+        newer: tuple[Condition, ...] = ()
+        found: list[Discard] = []
+        while rounds := await self._find(
+            Collection.ROUNDS,
+            Condition("fl.session", "eq", session_id),
+            *newer,
+            sort=(("fl.ordinal", True),),
+            limit=1,
+        ):
+            [round] = rounds
+            fl = round["fl"]
+            newer = (Condition("fl.ordinal", "lt", fl["ordinal"]),)
+            under_way = (record.model.round + 1, record.attempt) if record else None
+            if record and record.status is Status.RUNNING and (fl["number"], fl["attempt"]) == under_way:
+                continue
+            reports = await self.insist(self.store.reports, round["round_id"])
+            blobs = [report["update"]["blob"] for report in reports if report["update"]["blob"] and not report["lost"]]
+            gone = await self.insist(self.workshop.spool.missing, blobs)
+            if blobs and len(gone) == len(blobs):
+                break
+            found.append(Discard(fl["number"], fl["attempt"], tuple(blob for blob in blobs if blob not in gone)))
+        return found[::-1]
 
     def unready(self) -> str | None:
         """Why not to send work here now; None when ready."""
@@ -371,9 +412,16 @@ class Scheduler:
         return mailbox
 
     async def detach(self, mailbox: Mailbox) -> None:
+        """What it tells is told also if its caller is cancelled meanwhile, as gRPC does a second time."""
         client = mailbox.client
         if not self.streams.close(mailbox) or self._not_running:
             return
+        telling = self._tasks.create_task(self._tell_detached(client), name=f"tell that {client} left")
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+        await asyncio.shield(telling)
+
+    async def _tell_detached(self, client: ClientId) -> None:
         await self._tell_sessions(client)
         await self._note_absence([client])
 

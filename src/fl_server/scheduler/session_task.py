@@ -37,7 +37,7 @@ from fl_server.core.events import (
 from fl_server.core.explain import explain
 from fl_server.core.model import ClientId, ModelId, SessionRecord, Status, Task, TaskKind, UpdateId
 from fl_server.core.session import Session, step
-from fl_server.errors import Missing, Unavailable
+from fl_server.errors import Missing, StoreError, Unavailable
 from fl_server.scheduler import records
 from fl_server.scheduler.aggregation import Aggregation, Insist, Workshop
 from fl_server.scheduler.calls import Calls, Reply
@@ -124,8 +124,11 @@ class SessionTask:
 
     def blobs(self) -> set[str]:
         """The spooled updates that the running round counts on, or that are to be kept elsewhere first."""
+        return self._leaving | self._counted()
+
+    def _counted(self) -> set[str]:
         reports = self._session.round.reports.values() if self._session.round else ()
-        return self._leaving | {report.update.blob for report in reports if report}
+        return {report.update.blob for report in reports if report}
 
     async def lost(self) -> tuple[UpdateLost, ...]:
         """The running round's accepted updates whose bytes did not survive."""
@@ -148,9 +151,45 @@ class SessionTask:
                 children.create_task(self._aggregation.run(), name="aggregation")
                 children.create_task(self._clear(), name="clear")
                 while True:
-                    await self._carry_out(await self._decide(await self._next_events()))
+                    events = await self._next_events()
+                    try:
+                        await self._carry_out(await self._decide(events))
+                    except StoreError:
+                        raise
+                    except Exception:  # a bug of ours, as in _decide(); how much was carried out, nobody knows
+                        await self._break(events)
         finally:
             self._aggregation.stop()
+
+    async def _break(self, events: list[Event]) -> None:
+        """Ends the session, from what is stored of it; if not even that can be done, refuses whatever comes."""
+        incident = self._note_incident(events)
+        try:
+            await self._carry_out(await self._broken(incident))
+        except StoreError:
+            raise
+        except Exception:
+            incident = self._note_incident([])
+            while True:
+                self._refuse(await self.inbox.get(), incident)
+
+    def _note_incident(self, events: list[Event]) -> str:
+        """In the log, with the traceback; to those who wait for an answer. Its id."""
+        incident = uuid.uuid4().hex[:8]
+        names = sorted({type(event).__name__ for event in events})
+        logger.exception("session broken", extra={"incident": incident, "events": names})
+        for event in events:
+            self._refuse(event, incident)
+        return incident
+
+    def _refuse(self, event: Event, incident: str) -> None:
+        if call := getattr(event, "call", None):
+            self._around.calls.refuse(call, Unavailable(f"incident {incident}"))
+
+    async def _broken(self, incident: str) -> list[Effect]:
+        """Built again from its records (memory is not trusted), the session hears of it."""
+        self._session, self.facts, self._rounds = await self._around.load(self._session.record.id)
+        return step(self._session, Broken(f"incident {incident}"), self._around.outages.now())
 
     async def _next_events(self) -> list[Event]:
         """All that is in the inbox; waits for the first, at most until the alarm.
@@ -180,14 +219,9 @@ class SessionTask:
             try:
                 more = step(self._session, event, self._around.outages.now())
             except Exception:  # a bug of ours: this session ends, the others go on
-                incident = uuid.uuid4().hex[:8]
-                logger.exception("session broken", extra={"incident": incident, "event": type(event).__name__})
+                incident = self._note_incident([event])
                 await self._carry_out(effects)
-                session_id = self._session.record.id
-                self._session, self.facts, self._rounds = await self._around.load(session_id)
-                effects = step(self._session, Broken(f"incident {incident}"), self._around.outages.now())
-                if call := getattr(event, "call", None):
-                    self._around.calls.refuse(call, Unavailable(f"incident {incident}"))
+                effects = await self._broken(incident)
                 continue
             logger.debug("step", extra={"event": type(event).__name__, "effects": [type(e).__name__ for e in more]})
             effects += more
@@ -218,23 +252,34 @@ class SessionTask:
                     self._aggregation.order(effect)
                 case Discard():
                     self._aggregation.abandon(effect)
-                    self._leaving.update(effect.blobs)
-                    self._ended.put_nowait(effect)
+                    self.clear(effect)
+
+    def clear(self, ended: Discard) -> None:
+        """An attempt's updates leave the spool, in the order of these calls and beside the inbox."""
+        self._leaving.update(ended.blobs)
+        self._ended.put_nowait(ended)
 
     async def _clear(self) -> None:
-        """Ended attempts' updates leave the spool, beside the inbox: deleted, or kept if the session says so."""
-        around = self._around
-        spool = around.workshop.spool
         while True:
             ended = await self._ended.get()
-            record = self._session.record
-            if not record.config.delete_models_storage:
-                for blob in filter(None, ended.blobs):
-                    await around.insist(self._keep, key_of(record.id, ended.round, ended.attempt, blob), blob)
-            elif copies := around.workshop.copies:
-                await around.insist(copies.delete, record.id, ended.round, ended.attempt, ended.blobs)
-            await around.insist(spool.remove, ended.blobs)
-            self._leaving.difference_update(ended.blobs)
+            try:
+                await self._clear_one(ended)
+            except Exception:  # as everywhere: it ends this session alone
+                incident = uuid.uuid4().hex[:8]
+                logger.exception("updates not cleared", extra={"incident": incident, "round": ended.round})
+                await self.inbox.put(Broken(f"incident {incident}"))
+
+    async def _clear_one(self, ended: Discard) -> None:
+        """Deleted, or kept if the session says so."""
+        around, record, counted = self._around, self._session.record, self._counted()
+        blobs = [blob for blob in ended.blobs if blob and blob not in counted]  # a later attempt may have one, too
+        if not record.config.delete_models_storage:
+            for blob in blobs:
+                await around.insist(self._keep, key_of(record.id, ended.round, ended.attempt, blob), blob)
+        elif copies := around.workshop.copies:
+            await around.insist(copies.delete, record.id, ended.round, ended.attempt, ended.blobs)
+        await around.insist(around.workshop.spool.remove, blobs)
+        self._leaving.difference_update(ended.blobs)
 
     async def _keep(self, key: str, blob: str) -> None:
         spool = self._around.workshop.spool
