@@ -7,9 +7,7 @@ leave as errors, or a FEDn client ends. A store that is away is waited for `stor
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
-from collections.abc import AsyncIterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -114,9 +112,10 @@ class Servicer:
         meta = convert.json_object(request.meta)
         echo = convert.echoed_config(request, meta)
         patience_s = self._limits.store_patience_s
-        async with asyncio.timeout(patience_s):
-            client = await self._sender(context, request.sender)
-            task = await self._task(client, request, echo)
+        client = await self._sender(context, request.sender)
+        if (task := convert.named_task(request, echo)) is None:
+            async with asyncio.timeout(patience_s):
+                task = await self._unnamed_task(client, request, echo)
         if task is None or task.client != client or task.kind is not TaskKind.TRAIN:
             reply: tuple[Any, str] = (Verdict.NOT_SELECTED, "no such task was issued to this client")
         else:
@@ -190,29 +189,30 @@ class Servicer:
 
     # ---- ModelService
 
-    async def Upload(self, requests: AsyncIterable[pb.ModelRequest], context: Context) -> pb.ModelResponse:
-        """Answered OK once the bytes are durable and found; each call starts a new file."""
+    async def Upload(self, requests: object, context: Context) -> pb.ModelResponse:
+        """Answered OK once the bytes are durable and found; each call starts a new one."""
         limits, chunks, received_bytes, waited_s = self._limits, 0, 0, 0.0
         upload: spooling.Upload | None = None
-        async with asyncio.timeout(limits.store_patience_s):
-            client = await self._sender(context, pb.Client())
-        async with Turn(self._upload_turns, self._without_turn) as turn:
+        client = await self._sender(context, pb.Client())
+        loop = asyncio.get_running_loop()
+        async with Turn(self._upload_turns, self._without_turn) as turn, asyncio.timeout(None) as idle:
             try:
-                stream = aiter(requests)
                 while True:
-                    begun_s = time.monotonic()
+                    begun_s = loop.time()
                     earned_s = received_bytes / limits.upload_min_bytes_per_s - waited_s
-                    async with asyncio.timeout(limits.upload_idle_timeout_s + min(0.0, earned_s)):
-                        request = await anext(stream, None)
-                    waited_s += time.monotonic() - begun_s
-                    if request is None:
+                    idle.reschedule(begun_s + limits.upload_idle_timeout_s + min(0.0, earned_s))
+                    request = await context.read()  # cheaper than the iterator
+                    idle.reschedule(None)
+                    waited_s += loop.time() - begun_s
+                    if request is grpc.aio.EOF:
                         return _refused("", "the upload ended without its closing message (status OK)")
-                    if len(request.id.encode()) > MAX_ID_BYTES:
+                    if len(request.id) > MAX_ID_BYTES or len(request.id.encode()) > MAX_ID_BYTES:
                         return _refused("", f"id: more than {MAX_ID_BYTES} bytes")
+                    data = request.data
                     if upload is None:
                         upload = await self._scheduler.workshop.spool.begin(client, request.id)
                     chunks += 1
-                    received_bytes += len(request.data)
+                    received_bytes += len(data)
                     if chunks > limits.upload_max_chunks:
                         return _refused(
                             request.id, f"more than upload_max_chunks ({limits.upload_max_chunks}) messages"
@@ -220,8 +220,8 @@ class Servicer:
                     if received_bytes > limits.max_model_bytes:
                         why = f"more than max_model_bytes ({limits.max_model_bytes}); the server's owner can raise it"
                         return _refused(request.id, why)
-                    if request.data:
-                        await self._write(upload, request.data, turn)
+                    if data and not upload.buffer(data):
+                        await self._write(upload, data, turn)
                     if request.status == pb.OK:
                         async with asyncio.timeout(limits.store_patience_s):
                             await self._scheduler.insist(upload.finish)
@@ -265,12 +265,11 @@ class Servicer:
         client = self._attached_sender(context, sender)
         if client in self._scheduler.streams.attached():
             return client
-        return await self._scheduler.client_named(client) or client
+        async with asyncio.timeout(self._limits.store_patience_s):
+            return await self._scheduler.client_named(client) or client
 
-    async def _task(self, client: ClientId, update: pb.ModelUpdate, echo: dict[str, Any]) -> Task | None:
-        """What the update answers: as it says, by what it echoes, or as the client's one task of the model."""
-        if task := convert.named_task(update, echo):
-            return task
+    async def _unnamed_task(self, client: ClientId, update: pb.ModelUpdate, echo: dict[str, Any]) -> Task | None:
+        """Of an update that does not say its task: by the round that it echoes, or the client's one of the model."""
         if named := convert.named_round(echo):
             return await self._scheduler.task_of_round(client, *named)
         return await self._scheduler.task_of_model(client, update.model_id, update.model_update_id)

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import hashlib
 import itertools
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -28,6 +29,8 @@ from fl_server.store.spool import is_replaced
 P = ParamSpec("P")
 T = TypeVar("T")
 LAYOUTS_KEPT = 64
+CHECKED_AT_ONCE_BYTES = 128 * 1024  # a hop to the kernel pool and back costs more than to check so much
+INFLATED_TWICE_BYTES = 1024 * 1024  # at the check and at the close: cheaper than a file of its own for the stored form
 UNCHECKED = "its task was not open when it came"  # heard only if the task is opened before it is decided
 MOST_EXAMPLES = 2**53  # float64 counts them exactly
 
@@ -101,13 +104,16 @@ class Intake:
                 layout = await self._layout(wanted)
         except Missing as gone:
             return f"the global model is gone: {gone}"
+        if (data := spool.in_memory(blob)) is not None and len(data) <= CHECKED_AT_ONCE_BYTES >= layout_bytes(layout):
+            limit = self._work.max_model_bytes
+            said = bytes_fault(data, announced)
+            return said or codec.check_update(data, layout, helper=wanted.config.helper, max_bytes=limit).fault
         # a call sent again may be checked beside the first one: each writes a file of its own
         stored = self._work.folder / f"{blob}.{next(self._checks)}.stored"
-        path, helper = spool.path(blob), wanted.config.helper
 
         async def check() -> codec.Checked:
             left = threading.Event()
-            work = functools.partial(self._checked, path, helper, layout, announced, stored, left)
+            work = functools.partial(self._checked, blob, wanted.config.helper, layout, announced, stored, left)
             try:
                 return await loop.run_in_executor(self._work.kernel, work)
             except asyncio.CancelledError:  # the thread goes on
@@ -126,7 +132,7 @@ class Intake:
 
     def _checked(
         self,
-        path: Path,
+        blob: str,
         helper: str,
         layout: codec.Layout,
         announced: Announced,
@@ -135,24 +141,23 @@ class Intake:
     ) -> codec.Checked:
         """left: nobody waits for the result any more, and `stored` is litter."""
         try:
-            with path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                # what another call has replaced is no longer what the client sent, and was compared before
-                if not is_replaced(status):
-                    if announced.size_bytes and announced.size_bytes != status.st_size:
-                        fault = f"{status.st_size} bytes were uploaded, {announced.size_bytes} announced"
-                        return codec.Checked(fault)
-                    if announced.sha256:
-                        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                        if sha256 != announced.sha256:
-                            return codec.Checked(f"sha256 {sha256}, {announced.sha256} announced")
-            limit = self._work.max_model_bytes
-            return codec.check_update(path, layout, helper=helper, max_bytes=limit, stored_copy=stored)
+            content = self._work.spool.content(blob)
+            said = bytes_fault(content, announced) if isinstance(content, bytes) else file_fault(content, announced)
+            if said:
+                return codec.Checked(said)
+            is_large = not isinstance(content, bytes) or layout_bytes(layout) > INFLATED_TWICE_BYTES
+            return codec.check_update(
+                content,
+                layout,
+                helper=helper,
+                max_bytes=self._work.max_model_bytes,
+                stored_copy=stored if is_large else None,
+            )
         except FileNotFoundError:
-            return codec.Checked(f"upload {path.name} is gone")
+            return codec.Checked(f"upload {blob} is gone")
         except OSError as away:
             stored.unlink(missing_ok=True)  # a part of it, on a disk that is full
-            raise Unavailable(f"check {path.name}: {away}") from away
+            raise Unavailable(f"check {blob}: {away}") from away
         finally:
             if left.is_set():
                 stored.unlink(missing_ok=True)
@@ -172,6 +177,40 @@ class Intake:
     def _read_layout(self, path: Path, helper: str) -> codec.Layout:
         with codec.open_model(path, helper, max_bytes=self._work.max_model_bytes) as file:
             return file.layout
+
+
+def bytes_fault(data: bytes, announced: Announced) -> str | None:
+    """How they differ from what was announced, if they do."""
+    if announced.size_bytes and announced.size_bytes != len(data):
+        return _other_size(len(data), announced)
+    if announced.sha256 and (sha256 := hashlib.sha256(data).hexdigest()) != announced.sha256:
+        return _other_sha256(sha256, announced)
+    return None
+
+
+def file_fault(path: Path, announced: Announced) -> str | None:
+    """As bytes_fault(). Raises OSError."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if is_replaced(status):  # no longer what the client sent, and compared before
+            return None
+        if announced.size_bytes and announced.size_bytes != status.st_size:
+            return _other_size(status.st_size, announced)
+        if announced.sha256 and (sha256 := hashlib.file_digest(file, "sha256").hexdigest()) != announced.sha256:
+            return _other_sha256(sha256, announced)
+    return None
+
+
+def _other_size(size_bytes: int, announced: Announced) -> str:
+    return f"{size_bytes} bytes were uploaded, {announced.size_bytes} announced"
+
+
+def _other_sha256(sha256: str, announced: Announced) -> str:
+    return f"sha256 {sha256}, {announced.sha256} announced"
+
+
+def layout_bytes(layout: codec.Layout) -> int:
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
 
 
 def examples_fault(num_examples: Any) -> str | None:

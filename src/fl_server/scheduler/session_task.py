@@ -282,10 +282,9 @@ class SessionTask:
         self._leaving.difference_update(ended.blobs)
 
     async def _keep(self, key: str, blob: str) -> None:
-        spool = self._around.workshop.spool
-        if not await spool.missing([blob]):
-            with contextlib.suppress(Missing):  # it is gone after all: nothing that a session could help
-                await self._around.updates.put_file(key, spool.path(blob))
+        with contextlib.suppress(Missing):  # it was kept before, or is gone: nothing that a session could help
+            async with self._around.workshop.spool.linked(blob) as file:
+                await self._around.updates.put_file(key, file)
 
     # ---- records
 

@@ -140,8 +140,8 @@ class Spool:
 
         def work() -> None:
             try:
-                part.write_bytes(bytes(min(max(needed_bytes, 1), _BUFFER_BYTES)))
-                if needed_bytes > _BUFFER_BYTES + shutil.disk_usage(self._folder).free:
+                part.write_bytes(bytes(min(max(needed_bytes, 1), _PIECE_BYTES)))
+                if needed_bytes > _PIECE_BYTES + shutil.disk_usage(self._folder).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 part.unlink(missing_ok=True)
@@ -340,6 +340,16 @@ class Upload:
     def size_bytes(self) -> int:
         return self._flushed_bytes + self._chunks_bytes
 
+    def buffer(self, data: bytes) -> bool:
+        """write() where that touches no disk; False: nothing was taken, and write() is needed."""
+        fits = self._spool._used_bytes + len(data) <= self._spool._max_bytes
+        if not fits or self._name or self._aborted or self._chunks_bytes + len(data) > _PIECE_BYTES:
+            return False
+        self._spool._used_bytes += len(data)
+        self._chunks.append(data)
+        self._chunks_bytes += len(data)
+        return True
+
     async def write(self, data: bytes) -> None:
         """Raises SpoolFull."""
         if self._name or self._aborted:
@@ -396,7 +406,8 @@ class Upload:
             if self._touched_disk or self.size_bytes > self._spool._small_bytes or not self._spool._small_bytes:
                 await self._run("finish", work)
             else:
-                await self._spool._segments.append(name, self._chunks)
+                with self._needing_room():
+                    await self._spool._segments.append(name, self._chunks)
             self._finished = True
             self._spool._failed_bytes = 0
             self._spool._release(self.size_bytes)
@@ -440,8 +451,14 @@ class Upload:
                 if self._aborted:  # its call was cancelled, and abort() may have found nothing to remove yet
                     self._discard()
 
-        try:
+        with self._needing_room():
             await self._spool._run(doing, on_thread)
+
+    @contextmanager
+    def _needing_room(self) -> Iterator[None]:
+        """What it needs is known while the disk has no room for it."""
+        try:
+            yield
         except Unavailable:
             largest_bytes = max(self._spool._sizes.values(), default=0)  # it may be the first piece that failed
             self._spool._failed_bytes = max(self._spool._failed_bytes, self.size_bytes, largest_bytes)
