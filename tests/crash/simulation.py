@@ -316,7 +316,9 @@ class Federation:
 
     async def live(self, death: Death) -> None:
         async with self.places(self) as (store, models, updates):
-            spool = Spool(self.folder / "spool", self.pool, max_bytes=10**9)
+            # where records are written one by one, uploads are, too; elsewhere they share segments
+            small = {"small_bytes": 0} if issubclass(self.make_store, OneByOne) else {}
+            spool = Spool(self.folder / "spool", self.pool, max_bytes=10**9, **small)
             (self.folder / "work").mkdir(exist_ok=True)
             await spool.open()
             death.wrap(store, STATE_CALLS)
@@ -451,3 +453,13 @@ def simulate_on(
                 return federation, await federation.run()
 
         return loop.run_until_complete(bounded())
+
+
+def lose_upload(folder: Path, name: str) -> None:
+    """The bytes of an upload leave the spool in this folder, while no process has it open."""
+    if (file := folder / name).exists():
+        file.unlink()
+        return
+    for segment in folder.glob("*.segment"):
+        data = segment.read_bytes()
+        segment.write_bytes(data.replace(name.encode(), b"0" * 32 + b"." + b"0" * 20))

@@ -21,7 +21,7 @@ from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import Put
 from fl_server.store.spool import Spool
 from fl_server.store.sqlite import SqliteStateStore
-from tests.crash.simulation import SESSION, Ended, Federation, OneByOne, simulate
+from tests.crash.simulation import SESSION, Ended, Federation, OneByOne, lose_upload, simulate
 
 STORES = [SqliteStateStore, OneByOne]
 SAMPLE = pytest.param(23, id="sample")
@@ -201,7 +201,7 @@ def test_an_accepted_update_whose_bytes_are_gone_after_a_restart_is_asked_for_ag
             with sqlite3.connect(folder / "state.db") as db:
                 running = _running_round(db)
                 for report in running[2][-1:] if running else []:
-                    (folder / "spool" / report["update"]["blob"]).unlink()
+                    lose_upload(folder / "spool", report["update"]["blob"])
                     lost.append((running[1], running[0], report["task"][4], report["update"]["update_id"]))
             db.close()
 

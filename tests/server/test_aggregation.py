@@ -44,7 +44,10 @@ class Bench:
     """An aggregation with real stores and no session."""
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor, config: SessionConfig) -> None:
-        self.models, self.spool = FileBlobStore(folder / "models", pool), Spool(folder / "spool", pool, max_bytes=10**9)
+        self.models, self.spool = (
+            FileBlobStore(folder / "models", pool),
+            Spool(folder / "spool", pool, max_bytes=10**9, small_bytes=0),
+        )
         self.folder = folder / "work"
         self.folder.mkdir()
         self.told: asyncio.Queue[Event] = asyncio.Queue()

@@ -135,7 +135,7 @@ async def test_a_check_whose_caller_left_leaves_no_file(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patched:
         patched.setattr("fl_server.scheduler.intake.codec.check_update", check_update)
-        spool = Spool(tmp_path / "spool", pool, max_bytes=100)
+        spool = Spool(tmp_path / "spool", pool, max_bytes=100, small_bytes=0)
         await spool.open()
         upload = await spool.begin("a", "u")
         await upload.write(b"deflated")
@@ -160,7 +160,7 @@ async def test_a_check_whose_caller_left_leaves_no_file(tmp_path: Path) -> None:
 async def test_a_replacement_whose_caller_left_is_counted(tmp_path: Path) -> None:
     """In real threads: the file is placed when its caller is cancelled."""
     with ThreadPoolExecutor(1) as pool:
-        spool = Spool(tmp_path / "spool", pool, max_bytes=100)
+        spool = Spool(tmp_path / "spool", pool, max_bytes=100, small_bytes=0)
         await spool.open()
         upload = await spool.begin("a", "u")
         await upload.write(b"deflated")

@@ -17,6 +17,7 @@ import pytest
 
 from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
+from fl_server.scheduler import intake
 from fl_server.testing import Federation
 from tests.server.wire_client import (
     WireClient,
@@ -265,6 +266,8 @@ async def test_a_report_that_is_sent_again_while_the_first_is_being_checked_is_a
         return check(path, expected, **said)
 
     monkeypatch.setattr(codec, "check_update", noted)
+    monkeypatch.setattr(intake, "CHECKED_AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(intake, "INFLATED_TWICE_BYTES", 0)
     async with Federation() as federation, clients(federation, "a", "b") as everybody:
         session_id = await started(federation)
         for client, value in zip(everybody, (1, 3), strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -189,22 +190,22 @@ class Servicer:
 
     # ---- ModelService
 
-    async def Upload(self, requests: object, context: Context) -> pb.ModelResponse:
+    async def Upload(self, requests: AsyncIterable[pb.ModelRequest], context: Context) -> pb.ModelResponse:
         """Answered OK once the bytes are durable and found; each call starts a new one."""
         limits, chunks, received_bytes, waited_s = self._limits, 0, 0, 0.0
         upload: spooling.Upload | None = None
         client = await self._sender(context, pb.Client())
-        loop = asyncio.get_running_loop()
+        loop, stream = asyncio.get_running_loop(), aiter(requests)
         async with Turn(self._upload_turns, self._without_turn) as turn, asyncio.timeout(None) as idle:
             try:
                 while True:
                     begun_s = loop.time()
                     earned_s = received_bytes / limits.upload_min_bytes_per_s - waited_s
                     idle.reschedule(begun_s + limits.upload_idle_timeout_s + min(0.0, earned_s))
-                    request = await context.read()  # cheaper than the iterator
+                    request = await anext(stream, None)
                     idle.reschedule(None)
                     waited_s += loop.time() - begun_s
-                    if request is grpc.aio.EOF:
+                    if request is None:
                         return _refused("", "the upload ended without its closing message (status OK)")
                     if len(request.id) > MAX_ID_BYTES or len(request.id.encode()) > MAX_ID_BYTES:
                         return _refused("", f"id: more than {MAX_ID_BYTES} bytes")

@@ -1,0 +1,220 @@
+"""Small uploads: the Spool's promises again, where many lie in one file."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fl_server.errors import Missing, Unavailable
+from fl_server.store import segments
+from fl_server.store.spool import Spool
+
+
+async def opened(folder: Path, executor: Executor, *, fsync: bool = False) -> Spool:
+    spool = Spool(folder, executor, max_bytes=10**9, fsync=fsync)
+    await spool.open()
+    return spool
+
+
+async def received(spool: Spool, upload: str, data: bytes) -> str:
+    incoming = await spool.begin("c", upload)
+    assert incoming.buffer(data)
+    return await incoming.finish()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def content(spool: Spool, name: str) -> bytes:
+    found = spool.content(name)
+    return found if isinstance(found, bytes) else found.read_bytes()
+
+
+@pytest.mark.parametrize("recent_bytes", [0, segments.RECENT_BYTES], ids=["read again", "in memory"])
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["put", "remove", "restart"])), max_size=25))
+def test_what_was_put_and_not_removed_is_there_whatever_happened(
+    recent_bytes: int, steps: list[tuple[int, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Segments so short that they are closed and emptied all the time."""
+
+    async def walk(folder: Path, executor: Executor) -> None:
+        spool = await opened(folder, executor)
+        expected: dict[str, bytes] = {}
+        for count, (key, what) in enumerate(steps):
+            if what == "put":
+                data = bytes([count]) * (key * 20)
+                expected[await received(spool, f"{key}", data)] = data
+            elif what == "remove":
+                gone = list(expected)[: key + 1]
+                await spool.remove(gone)
+                for name in gone:
+                    del expected[name]
+            else:
+                spool = await opened(folder, executor)
+                await spool.remove([name for name in spool.stale(float("inf")) if name not in expected])
+            assert {name: content(spool, name) for name in spool.stale(float("inf"))} == expected
+            assert await spool.missing(expected) == set()
+            assert spool.used_bytes == sum(map(len, expected.values()))
+        spool = await opened(folder, executor)
+        assert {name: content(spool, name) for name in expected} == expected
+
+    with pytest.MonkeyPatch.context() as patched, ThreadPoolExecutor(1) as executor:
+        patched.setattr(segments, "SEGMENT_BYTES", 400)
+        patched.setattr(segments, "RECENT_BYTES", recent_bytes)
+        asyncio.run(walk(tmp_path_factory.mktemp("spool"), executor))
+
+
+async def test_nothing_stays_on_the_disk_when_all_is_removed(tmp_path: Path, executor: Executor) -> None:
+    spool = await opened(tmp_path, executor)
+    names = [await received(spool, f"{n}", bytes(1000)) for n in range(20)]
+    assert len(files(tmp_path)) == 1
+    await spool.remove(names)
+    await received(spool, "another", b"x")  # its write comes after the removal
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [73]
+
+
+async def test_uploads_that_come_while_one_is_written_are_written_together(tmp_path: Path) -> None:
+    class Counting(ThreadPoolExecutor):
+        calls = 0
+
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            self.calls += 1
+            return super().submit(fn, *args, **kwargs)
+
+    with Counting(1) as executor:
+        spool = await opened(tmp_path, executor)
+        executor.calls = 0
+        names = await asyncio.gather(*(received(spool, f"{n}", b"%d" % n) for n in range(50)))
+        assert executor.calls == 2
+        assert [content(spool, name) for name in names] == [b"%d" % n for n in range(50)]
+
+
+@pytest.mark.parametrize("cut_bytes", [1, 50, 99, 100, 150])
+async def test_a_record_that_is_not_whole_is_not_there_after_a_restart(
+    tmp_path: Path, executor: Executor, cut_bytes: int
+) -> None:
+    spool = await opened(tmp_path, executor)
+    whole, cut = [await received(spool, text, text.encode() * 100) for text in "ab"]
+    [file] = tmp_path.iterdir()
+    os.truncate(file, file.stat().st_size - cut_bytes)
+    assert await spool.missing([whole, cut]) == {cut}
+    spool = await opened(tmp_path, executor)
+    assert spool.find("c", "b") is None
+    assert content(spool, whole) == b"a" * 100
+    new = await received(spool, "b", b"again")
+    assert content(await opened(tmp_path, executor), new) == b"again"
+
+
+async def test_with_fsync_bytes_that_a_loss_of_power_took_are_missed(tmp_path: Path, executor: Executor) -> None:
+    name = await received(await opened(tmp_path, executor, fsync=True), "a", b"a" * 100)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes().replace(b"a" * 100, bytes(100)))
+    spool = await opened(tmp_path, executor, fsync=True)
+    with pytest.raises(FileNotFoundError):
+        spool.content(name)
+
+
+async def test_with_fsync_a_group_is_on_the_disk_before_any_answer(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = await opened(tmp_path, executor, fsync=True)
+    done: list[str] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        done.append("folder" if os.fstat(fd).st_ino == tmp_path.stat().st_ino else "bytes")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    await received(spool, "a", b"x")
+    assert done == ["bytes", "folder"]
+    await asyncio.gather(*(received(spool, f"{n}", b"x") for n in range(20)))
+    assert done == ["bytes", "folder", "bytes", "bytes"]
+
+
+async def test_a_disk_that_was_full_for_a_moment_leaves_no_trace(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = await opened(tmp_path, executor)
+    before = await received(spool, "a", b"before")
+    pwritev = os.pwritev
+
+    def half(fd: int, parts: list[memoryview], at: int) -> int:
+        pwritev(fd, [parts[0]], at)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    upload = await spool.begin("c", "b")
+    assert upload.buffer(b"after")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", half)
+        with pytest.raises(Unavailable, match="No space left"):
+            await upload.finish()
+    assert spool.find("c", "b") is None
+    name = await upload.finish()
+    spool = await opened(tmp_path, executor)
+    assert [content(spool, one) for one in (before, name)] == [b"before", b"after"]
+
+
+async def test_an_upload_cancelled_while_it_is_written_is_not_found(tmp_path: Path) -> None:
+    go_on = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        spool = await opened(tmp_path, executor)
+        executor.submit(go_on.wait, 30)
+        upload = await spool.begin("c", "u")
+        upload.buffer(b"x")
+        finishing = asyncio.ensure_future(upload.finish())
+        await asyncio.sleep(0)  # its write is in the pool
+        finishing.cancel()
+        await asyncio.gather(finishing, return_exceptions=True)
+        await upload.abort()
+        go_on.set()
+        name = await received(spool, "v", b"y")
+        assert spool.find("c", "u") is None
+        assert (spool.used_bytes, content(spool, name)) == (1, b"y")
+
+
+async def test_one_that_is_replaced_is_a_file_from_then_on(tmp_path: Path, executor: Executor) -> None:
+    spool = await opened(tmp_path / "spool", executor)
+    name = await received(spool, "a", b"deflated")
+    (tmp_path / "inflated").write_bytes(b"inflated, and longer")
+    await spool.replace(name, tmp_path / "inflated")
+    for one in (spool, await opened(tmp_path / "spool", executor)):
+        assert (one.content(name), one.used_bytes) == (spool.path(name), 20)
+
+
+async def test_its_copy_may_be_moved_away_and_it_is_restored_from_one(tmp_path: Path, executor: Executor) -> None:
+    spool = await opened(tmp_path / "spool", executor)
+    name = await received(spool, "a", b"bytes")
+    async with spool.linked(name) as link:
+        link.rename(tmp_path / "copy")
+    [segment] = (tmp_path / "spool").iterdir()
+    segment.unlink()
+    assert await spool.missing([name]) == {name}
+    spool = await opened(tmp_path / "spool", executor)
+    with pytest.raises(Missing):
+        async with spool.linked(name):
+            raise AssertionError
+    await spool.restore(name, tmp_path / "copy")
+    assert (await spool.missing([name]), content(spool, name)) == (set(), b"bytes")
+
+
+async def test_memory_holds_only_the_last_ones(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "RECENT_BYTES", 2500)
+    spool = await opened(tmp_path, executor)
+    names = [await received(spool, f"{n}", bytes([n]) * 1000) for n in range(5)]
+    assert [spool.in_memory(name) is not None for name in names] == [False] * 3 + [True] * 2
+    assert [content(spool, name) for name in names] == [bytes([n]) * 1000 for n in range(5)]
