@@ -146,7 +146,8 @@ async def test_a_check_whose_caller_left_leaves_no_file(tmp_path: Path) -> None:
             workshop = Workshop(None, spool, ThreadPoolExecutor(1), tmp_path / "work", 100)  # type: ignore[arg-type]
 
         intake = Intake(Around())  # type: ignore[arg-type]
-        intake._layouts[ModelId("m")] = ()
+        known = intake._layouts[ModelId("m")] = asyncio.get_running_loop().create_future()
+        known.set_result(())
         record = SessionRecord(SessionId("s"), SessionConfig(rounds=1), 1, GlobalModel(ModelId("m")))
         checking = asyncio.ensure_future(intake._check(blob, record, Announced(UpdateId("u"), 1), 30.0))
         await asyncio.get_running_loop().run_in_executor(pool, begun.wait, 30)

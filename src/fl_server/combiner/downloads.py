@@ -25,7 +25,7 @@ class _LoaderLeft(Exception):
 class Downloads:
     def __init__(self, scheduler: Scheduler, disk: Executor, *, kept_bytes: int) -> None:
         self._scheduler, self._disk, self._kept_bytes = scheduler, disk, kept_bytes
-        self._kept: OrderedDict[str, tuple[asyncio.Future[list[bytes]], int]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[asyncio.Future[list[bytes] | None], int]] = OrderedDict()
 
     async def messages(self, model_id: str) -> AsyncIterator[bytes]:
         """Serialized ModelResponse messages, the closing one included. Raises Missing."""
@@ -41,39 +41,46 @@ class Downloads:
         yield _end(model_id)
 
     async def _shared(self, model_id: str) -> list[bytes] | None:
-        """The kept messages, read if they are not there yet; None if the model is too large to keep."""
+        """The kept messages, read once if they are not there yet; None if the model is too large to keep."""
         while kept := self._kept.get(model_id):
             self._kept.move_to_end(model_id)
             try:
                 return await asyncio.shield(kept[0])
             except _LoaderLeft:
                 continue
+        loaded: asyncio.Future[list[bytes] | None] = asyncio.get_running_loop().create_future()
+        self._kept[model_id] = (loaded, 0)
+        try:
+            messages, size_bytes = await self._load(model_id)
+        except BaseException:
+            self._forget(model_id, loaded)
+            loaded.set_exception(_LoaderLeft())
+            loaded.exception()  # there may be nobody who waits for it
+            raise
+        loaded.set_result(messages)
+        if messages is None:
+            self._forget(model_id, loaded)
+        elif (kept := self._kept.get(model_id)) and kept[0] is loaded:
+            self._kept[model_id] = (loaded, size_bytes)
+            while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > self._kept_bytes:
+                self._kept.popitem(last=False)
+        return messages
+
+    async def _load(self, model_id: str) -> tuple[list[bytes] | None, int]:
         scheduler = self._scheduler
         known = await scheduler.insist(scheduler.store.get, Collection.MODELS, model_id)  # it may be any text
         size_bytes = await scheduler.insist(scheduler.models.size_bytes, model_id) if known else None
         if size_bytes is None:
             raise Missing(f"no model {model_id}")
         if size_bytes > self._kept_bytes:
-            return None
-        return await (self._shared(model_id) if model_id in self._kept else self._load(model_id, size_bytes))
-
-    async def _load(self, model_id: str, size_bytes: int) -> list[bytes]:
+            return None, size_bytes
+        path = await scheduler.insist(scheduler.models.local, model_id)
         loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[list[bytes]] = loop.create_future()
-        self._kept[model_id] = (loaded, size_bytes)
-        try:
-            path = await self._scheduler.insist(self._scheduler.models.local, model_id)
-            messages = await loop.run_in_executor(self._disk, _read_messages, path, model_id)
-        except BaseException:
-            if (kept := self._kept.get(model_id)) and kept[0] is loaded:  # else others have taken its place
-                del self._kept[model_id]
-            loaded.set_exception(_LoaderLeft())
-            loaded.exception()  # there may be nobody who waits for it
-            raise
-        loaded.set_result(messages)
-        while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > self._kept_bytes:
-            self._kept.popitem(last=False)
-        return messages
+        return await loop.run_in_executor(self._disk, _read_messages, path, model_id), size_bytes
+
+    def _forget(self, model_id: str, loaded: asyncio.Future[list[bytes] | None]) -> None:
+        if (kept := self._kept.get(model_id)) and kept[0] is loaded:  # else others have taken its place
+            del self._kept[model_id]
 
 
 def _read_chunk(path: Path, offset: int) -> bytes:

@@ -7,6 +7,7 @@ a task that is closed or over is not checked: the record is asked before the con
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -46,11 +47,15 @@ class Announced:
     failure: str = ""  # the client could not train, and why
 
 
+class _ReaderLeft(Exception):
+    """Whoever was reading the layout was cancelled or failed: the next one reads it itself."""
+
+
 class Intake:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler, self._work = scheduler, scheduler.workshop
         self._checks = itertools.count()
-        self._layouts: OrderedDict[ModelId, codec.Layout] = OrderedDict()
+        self._layouts: OrderedDict[ModelId, asyncio.Future[codec.Layout]] = OrderedDict()
 
     async def receive(self, task: Task, announced: Announced, patience_s: float) -> Reply:
         """The update's verdict, durable. Raises TimeoutError when a store is away for longer than patience_s.
@@ -165,14 +170,24 @@ class Intake:
     async def _layout(self, wanted: SessionRecord) -> codec.Layout:
         """Names, dtypes and shapes of the session's model; read once for all its updates. Raises Missing."""
         model = wanted.model
-        if (known := self._layouts.get(model.id)) is None:
+        while (known := self._layouts.get(model.id)) is not None:
+            with contextlib.suppress(_ReaderLeft):
+                return await asyncio.shield(known)
+        read: asyncio.Future[codec.Layout]
+        read = self._layouts[model.id] = asyncio.get_running_loop().create_future()
+        while len(self._layouts) > LAYOUTS_KEPT:
+            self._layouts.popitem(last=False)
+        try:
             path = await self._scheduler.insist(self._work.models.local, model.id)
-            loop = asyncio.get_running_loop()
-            known = await loop.run_in_executor(self._work.kernel, self._read_layout, path, wanted.config.helper)
-            self._layouts[model.id] = known
-            while len(self._layouts) > LAYOUTS_KEPT:
-                self._layouts.popitem(last=False)
-        return known
+            work = functools.partial(self._read_layout, path, wanted.config.helper)
+            read.set_result(await asyncio.get_running_loop().run_in_executor(self._work.kernel, work))
+        except BaseException:
+            if self._layouts.get(model.id) is read:
+                del self._layouts[model.id]
+            read.set_exception(_ReaderLeft())
+            read.exception()  # there may be nobody who waits for it
+            raise
+        return read.result()
 
     def _read_layout(self, path: Path, helper: str) -> codec.Layout:
         with codec.open_model(path, helper, max_bytes=self._work.max_model_bytes) as file:
