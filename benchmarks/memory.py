@@ -50,7 +50,13 @@ def report(measured: list[Measured]) -> list[str]:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--big", action="store_true", help="also 100 MB x 100 and 1 GB x 4: 30 GB of disk, minutes")
-    rows = ROWS + BIG_ROWS if parser.parse_args().big else ROWS
+    parser.add_argument(
+        "--rows", default="", help="indices of the rows, comma-separated; default: all but the big ones"
+    )
+    asked = parser.parse_args()
+    rows = ROWS + BIG_ROWS if asked.big else ROWS
+    if asked.rows:
+        rows = tuple((ROWS + BIG_ROWS)[int(index)] for index in asked.rows.split(","))
     print("\n".join(report([await measure(row) for row in rows])))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import hypothesis.extra.numpy as hnp
@@ -205,6 +206,24 @@ def test_written_by_blocks_is_byte_for_byte_what_encode_makes(tmp_path: Path) ->
     assert data == encode([matrix, np.array([7])])
     assert writer.sha256 == hashlib.sha256(data).hexdigest()
     assert writer.size_bytes == len(data)
+
+
+@given(st.randoms())
+def test_the_digest_is_the_files_in_whatever_order_the_blocks_come(
+    tmp_path_factory: pytest.TempPathFactory, random: Random
+) -> None:
+    path = tmp_path_factory.mktemp("model") / "model"
+    whole = [np.arange(size, dtype=np.int64) for size in (60_000, 0, 3, 100_000, 0)]
+    layout = tuple(codec.ArraySpec(str(index), array.dtype, array.shape) for index, array in enumerate(whole))
+    left = {index: np.array_split(array, 5) for index, array in enumerate(whole)}
+    with NpzWriter(path, layout) as writer:
+        while left:
+            index = random.choice(list(left))
+            writer.write(index, left[index].pop(0))
+            if not left[index]:
+                del left[index]
+    assert path.read_bytes() == encode(whole)
+    assert writer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_blocks_that_do_not_fit_leave_no_file(tmp_path: Path) -> None:

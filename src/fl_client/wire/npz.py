@@ -658,7 +658,11 @@ class NpzWriter:
         """Over members that are whole, read again: the header, which is before the values, holds their CRC."""
         if self._digest is None:
             return
-        while self._digested < len(self._places) and self._is_whole[self._digested]:
+        while self._digested < len(self._places):
+            if not self._is_whole[self._digested]:
+                if self._places[self._digested].values_bytes:
+                    return
+                self._complete(self._digested)
             end = self._places[self._digested].end
             while self._digested_bytes < end:
                 if most_bytes is not None and most_bytes <= 0:
