@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -29,22 +30,26 @@ _POLL_S = 0.05
 class Service:
     """One server process: may be killed and started again on the same port and data."""
 
-    def __init__(self, folder: Path, name: str, *, wait_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        command: Callable[[], list[str]],
+        answers: Callable[[], Awaitable[bool]],
+        *,
+        wait_s: float = 60.0,
+    ) -> None:
+        """command: asked for at each start, when the folder is there. answers: whether the process does, by now."""
         self.folder, self._name, self._wait_s = folder, name, wait_s
+        self._command, self._answers = command, answers
         self.log = folder / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
-
-    def command(self) -> list[str]:
-        raise NotImplementedError
-
-    async def answers(self) -> bool:
-        raise NotImplementedError
 
     async def start(self) -> None:
         """Returns when it answers. Raises RuntimeError with the log's end if it stops instead."""
         self._process = process = self._launch()
         async with asyncio.timeout(self._wait_s):
-            while not await self.answers():
+            while not await self._answers():
                 if process.poll() is not None:
                     end = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
                     raise RuntimeError(f"{self._name} ended with {process.returncode}:\n{end}")
@@ -54,7 +59,7 @@ class Service:
         """No asyncio subprocess: it belongs to a loop, and a test session has many."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            return subprocess.Popen(self.command(), stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True)
 
     def send(self, number: signal.Signals) -> None:
         """SIGSTOP and SIGCONT, for tests of a server that hangs."""
@@ -86,17 +91,17 @@ class Service:
 
 class Mongod(Service):
     def __init__(self, folder: Path, *, port: int | None = None) -> None:
-        super().__init__(folder, "mongod")
+        super().__init__(folder, "mongod", self._line, self._listens)
         self.port = port or free_ports(1)[0]
         self.url = f"mongodb://127.0.0.1:{self.port}"
 
-    def command(self) -> list[str]:
+    def _line(self) -> list[str]:
         data = self.folder / "data"
         data.mkdir(exist_ok=True)
         listen = ["--port", str(self.port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
         return [_mongod(), "--dbpath", str(data), *listen]
 
-    async def answers(self) -> bool:
+    async def _listens(self) -> bool:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", self.port)
         except OSError:
@@ -109,12 +114,12 @@ class Weed(Service):
     """SeaweedFS: master, volume server, filer and S3 in one process."""
 
     def __init__(self, folder: Path, *, access_key: str = "fl", secret_key: str = "fl-secret") -> None:
-        super().__init__(folder, "weed")
+        super().__init__(folder, "weed", self._line, self._serves)
         self.access_key, self.secret_key = access_key, secret_key
         self._ports = free_ports(8)
         self.url = f"http://127.0.0.1:{self._ports[0]}"
 
-    def command(self) -> list[str]:
+    def _line(self) -> list[str]:
         data, config = self.folder / "data", self.folder / "s3.json"
         data.mkdir(exist_ok=True)
         credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
@@ -139,7 +144,7 @@ class Weed(Service):
             "-volume.max=0",
         ]
 
-    async def answers(self) -> bool:
+    async def _serves(self) -> bool:
         async with httpx.AsyncClient(timeout=2) as http:
             try:
                 return (await http.get(self.url)).status_code < 500
@@ -174,6 +179,12 @@ def _weed() -> str:
     return found
 
 
+def _flserve() -> str:
+    """As typed here."""
+    beside = Path(sys.executable).with_name("flserve")
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
+
+
 async def _main(folder: Path, say: Callable[[str], None]) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -183,11 +194,11 @@ async def _main(folder: Path, say: Callable[[str], None]) -> None:
         await asyncio.gather(mongod.start(), weed.start())
         say(f"MongoDB and S3 run, data in {folder}; Ctrl-C stops them. The server on them:\n")
         keys = f"FL_S3_ACCESS_KEY={weed.access_key} FL_S3_SECRET_KEY={weed.secret_key}"
-        say(f"  {keys} .venv/bin/flserve up --mongo-url {mongod.url} --s3-endpoint-url {weed.url}\n")
+        say(f"  {keys} {_flserve()} up --mongo-url {mongod.url} --s3-endpoint-url {weed.url}\n")
         await stopped.wait()
     finally:
         await asyncio.gather(mongod.stop(), weed.stop())
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(Path(*(sys.argv[1:] or ["flserve-data/services"])), print))
+    asyncio.run(_main(Path(*(sys.argv[1:] or ["flserve-data/services"])), functools.partial(print, flush=True)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,8 @@ from fl_server.store.s3 import S3
 from fl_server.testing import Federation
 from tests.server.cli_runner import Said, run
 
+ROOT = Path(__file__).parents[2]
+WAIT_S = 120.0
 SEED = [np.arange(6, dtype=np.float32)]
 
 
@@ -140,3 +144,28 @@ def test_a_reset_wants_a_yes(tmp_path: Path) -> None:
     said = run("reset", "--data-dir", tmp_path)
     assert said.code == 2
     assert "for ever" in said.err
+
+
+@pytest.mark.long
+async def test_the_line_that_make_services_prints_starts_a_server_on_them(tmp_path: Path) -> None:
+    piped = asyncio.subprocess.PIPE
+    command = (sys.executable, "-m", "fl_server.services", str(tmp_path / "services"))
+    async with asyncio.timeout(WAIT_S):
+        services = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=piped)
+        assert services.stdout
+        try:
+            while b"flserve up" not in (line := await services.stdout.readline()):
+                assert line, "it ended"
+            typed = f"exec env {line.decode().strip()} --data-dir {tmp_path / 'data'}"
+            server = await asyncio.create_subprocess_shell(typed, cwd=ROOT, stdout=piped)
+            assert server.stdout
+            try:
+                assert b"flserve is ready" in await server.stdout.readline()
+                assert not (tmp_path / "data" / "state.db").exists(), "the state is in MongoDB"
+                assert not (tmp_path / "data" / "models").exists(), "models are in S3"
+            finally:
+                server.send_signal(signal.SIGTERM)
+                assert await server.wait() == 0
+        finally:
+            services.send_signal(signal.SIGTERM)
+            assert await services.wait() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from bson import ObjectId
 from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo import monitoring
 
 from fl_server.errors import Corrupt, Deposed, FlserveError, Invalid, Owned, Unavailable
 from fl_server.services import Mongod
@@ -224,6 +226,88 @@ async def test_lists_of_a_hundred_thousand_records_read_only_their_page(store: M
         said = await database.command({"explain": command, "verbosity": "executionStats"})
         assert "COLLSCAN" not in str(said["queryPlanner"])
         assert said["executionStats"]["totalDocsExamined"] <= 30
+
+
+# ---- what is promised of each call
+
+
+class Heard(monitoring.CommandListener):
+    """What the driver sends, but for what keeps its connections."""
+
+    def __init__(self) -> None:
+        self.commands: list[Document] = []
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.command_name not in ("hello", "ping", "endSessions"):
+            self.commands.append(dict(event.command))
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
+    """Of the stores that are opened from here on."""
+    heard = Heard()
+    monkeypatch.setattr(mongo, "AsyncIOMotorClient", functools.partial(AsyncIOMotorClient, event_listeners=[heard]))
+    return heard
+
+
+async def test_every_write_waits_for_the_journal_of_a_majority_and_no_call_for_ever(
+    mongo_url: str, database: Any, heard: Heard
+) -> None:
+    await database["fl.deployment"].delete_many({})
+    async with kept(MongoStateStore(mongo_url, DATABASE)) as store:
+        await store.save(
+            [
+                Put(SESSIONS, session(1)),
+                Put(ROUNDS, round(1)),
+                PutReport("1", "c", "u", 1, {}),
+                Patch(SESSIONS, "s", {"name": "x"}),
+                Patch(CLIENTS, "c", {"name": "x"}),
+            ]
+        )
+        await store.insert(CLIENTS, {"client_id": "c"})
+        await store.append(STATUSES, [{"status_id": f"{n}"} for n in range(3)])
+        await store.delete(STATUSES, "0")
+        await store.delete_where(STATUSES, (), 10)
+        await store.get(SESSIONS, "s")
+        await store.find(SESSIONS, Query())
+        await store.count(SESSIONS)
+        await store.reports("1")
+    writes = [command for command in heard.commands if not command.keys() & {"find", "aggregate"}]
+    assert {next(iter(command)) for command in writes} == {"createIndexes", "insert", "update", "delete"}
+    renewed = [update["u"] for command in writes if "update" in command for update in command["updates"]]
+    assert {"$inc": {"renewals": 1}} in renewed and {"$set": {"held": False}} in renewed
+    assert [command["writeConcern"] for command in writes] == [{"w": "majority", "j": True}] * len(writes)
+    longest_s = {"createIndexes": mongo.INDEXING_TIMEOUT_S, "update": mongo.INDEXING_TIMEOUT_S}
+    for command in heard.commands:
+        limit_s = longest_s.get(next(iter(command)), mongo.TIMEOUT_S)
+        assert 0 < command["maxTimeMS"] <= limit_s * 1000, command
+
+
+async def test_calls_that_hear_nothing_end_with_their_time(
+    proxy: Proxy, database: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the driver: the server's own limit does not help when the request never arrives."""
+    monkeypatch.setattr(mongo, "TIMEOUT_S", 1.0)
+    async with kept(MongoStateStore(proxy.url, DATABASE)) as store:
+        proxy.lose("wait", b"control.s", times=100)
+        async with asyncio.timeout(WAIT_S):
+            ends = await asyncio.gather(
+                store.save([Put(SESSIONS, session(1))]),
+                store.insert(SESSIONS, session(1)),
+                store.append(STATUSES, [{"status_id": "a"}]),
+                store.delete(SESSIONS, "s"),
+                store.delete_where(STATUSES, (), 1),
+                store.get(SESSIONS, "s"),
+                store.find(SESSIONS, Query()),
+                store.count(SESSIONS),
+                return_exceptions=True,
+            )
+        assert [type(end) for end in ends] == [Unavailable] * 8
+        proxy.times = 0
 
 
 # ---- lost requests and answers
