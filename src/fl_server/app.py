@@ -131,6 +131,16 @@ def state_store(settings: Settings, pools: Executors) -> StateStore:
     return MongoStateStore(url, settings.mongo_database)
 
 
+async def database_clock_s(settings: Settings) -> float | None:
+    """What MongoDB's clock says, in seconds since the epoch; None without one. It may be another's."""
+    url = settings.mongo_url.get_secret_value()
+    if not url:
+        return None
+    from fl_server.store.mongo import MongoStateStore
+
+    return await MongoStateStore(url, settings.mongo_database).clock_s()
+
+
 @asynccontextmanager
 async def kept(store: StateStore) -> AsyncIterator[None]:
     """The ownership is renewed until the block is left. Raises Deposed, out of the block, when it is lost."""

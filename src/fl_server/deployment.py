@@ -20,8 +20,18 @@ from pathlib import Path
 
 import httpx
 
-from fl_server.app import Executors, blob_stores, certificates, executors, gate, kept, owner_name, state_store
-from fl_server.errors import FlserveError, Invalid, Owned, StoreError
+from fl_server.app import (
+    Executors,
+    blob_stores,
+    certificates,
+    database_clock_s,
+    executors,
+    gate,
+    kept,
+    owner_name,
+    state_store,
+)
+from fl_server.errors import Corrupt, FlserveError, Invalid, Owned, StoreError
 from fl_server.settings import Settings
 from fl_server.store.ports import ID_FIELD, BlobStore, Collection, Condition, Document, Query, StateStore
 
@@ -61,7 +71,7 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
             yield database
             async for finding in _buckets(settings, pools):
                 yield finding
-            yield await _clock(settings, store if is_ours else None)
+            yield await _clock(settings, store if is_ours else None, database.health is Health.OK)
             if not is_ours:
                 yield _disk(settings, 0, 0)
                 yield Finding("package", Health.NOTE, "not looked at: the state is not ours; flserve package list")
@@ -127,6 +137,8 @@ async def _database(settings: Settings, store: StateStore) -> tuple[Finding, boo
     except TimeoutError:
         says = f"{where}: no answer within {ANSWERS_WITHIN_S:.0f} s: check mongo_url, and that it runs"
         return Finding("database", Health.WRONG, says), False
+    except Corrupt as why:  # it says what to do
+        return Finding("database", Health.WRONG, str(why)), False
     except FlserveError as why:
         return Finding("database", Health.WRONG, f"{why}: check mongo_url or data_dir, and that it runs"), False
     return Finding("database", Health.OK, f"{where} answers; no server owns it"), True
@@ -168,17 +180,16 @@ async def _bucket(name: str, blobs: BlobStore) -> Finding:
     return Finding(name, Health.OK, "written, read and deleted")
 
 
-async def _clock(settings: Settings, store: StateStore | None) -> Finding:
+async def _clock(settings: Settings, store: StateStore | None, database_answers: bool) -> Finding:
+    """A server that does not answer says no time: its own finding says so."""
     now = time.time()
-    if settings.s3_endpoint_url:
-        async with httpx.AsyncClient(timeout=5) as http:
-            try:
-                said = (await http.head(settings.s3_endpoint_url)).headers.get("date", "")
-                off_s = email.utils.parsedate_to_datetime(said).timestamp() - now
-            except (httpx.HTTPError, ValueError, TypeError):
-                off_s = 0.0
+    others = {"the S3 server's": await _s3_clock_s(settings)}
+    if database_answers:
+        others["MongoDB's"] = await _database_clock_s(settings)
+    for whose, said_s in others.items():
+        off_s = 0.0 if said_s is None else said_s - time.time()
         if abs(off_s) > LATE_S:
-            says = f"the S3 server's is {off_s:+.0f} s off ours: set both by NTP; S3 refuses signatures 15 min off"
+            says = f"{whose} is {off_s:+.0f} s off ours: set both by NTP; S3 refuses signatures 15 min off"
             return Finding("clock", Health.WRONG, says)
     if store is not None:
         newest = await _newest(store, Collection.SESSIONS)
@@ -187,6 +198,25 @@ async def _clock(settings: Settings, store: StateStore | None) -> Finding:
             says = f"a session was saved {ahead_s:.0f} s in our future: set it by NTP, or deadlines will be late"
             return Finding("clock", Health.WRONG, says)
     return Finding("clock", Health.OK, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)))
+
+
+async def _s3_clock_s(settings: Settings) -> float | None:
+    if not settings.s3_endpoint_url:
+        return None
+    async with httpx.AsyncClient(timeout=5) as http:
+        try:
+            said = (await http.head(settings.s3_endpoint_url)).headers.get("date", "")
+            return email.utils.parsedate_to_datetime(said).timestamp()
+        except (httpx.HTTPError, ValueError, TypeError):
+            return None
+
+
+async def _database_clock_s(settings: Settings) -> float | None:
+    try:
+        async with asyncio.timeout(ANSWERS_WITHIN_S):
+            return await database_clock_s(settings)
+    except (FlserveError, TimeoutError):
+        return None
 
 
 async def _newest(store: StateStore, collection: Collection, *where: Condition) -> Document | None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 import signal
 import socket
+import sqlite3
 import sys
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +24,7 @@ from fl_client.wire import codec
 from fl_server.store.s3 import S3
 from fl_server.testing import Federation
 from tests.server.cli_runner import Said, run
+from tests.server.rest_world import tgz
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120.0
@@ -123,6 +128,63 @@ def test_stores_that_do_not_answer_are_found(tmp_path: Path, monkeypatch: pytest
     )
     assert code == 1
     assert [findings[about][0] for about in ("database", "models", "updates", "packages")] == ["wrong"] * 4
+
+
+@pytest.mark.parametrize(("whose", "off_s"), [("MongoDB's", -120), ("the S3 server's", 120)])
+def test_a_clock_that_is_not_the_stores_is_found(
+    tmp_path: Path, mongo_url: str, s3_server: S3, monkeypatch: pytest.MonkeyPatch, whose: str, off_s: int
+) -> None:
+    if whose == "MongoDB's":
+        monkeypatch.setenv("FL_MONGO_URL", mongo_url)
+        monkeypatch.setenv("FL_MONGO_DATABASE", f"fl-test-{uuid.uuid4()}")
+    else:
+        monkeypatch.setenv("FL_S3_ENDPOINT_URL", s3_server.endpoint_url)
+        monkeypatch.setenv("FL_S3_ACCESS_KEY", s3_server.access_key)
+        monkeypatch.setenv("FL_S3_SECRET_KEY", s3_server.secret_key)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - off_s)
+    code, findings = doctor(tmp_path / "data")
+    assert (code, findings["clock"][0]) == (1, "wrong")
+    assert re.match(rf"{whose} is \{off_s:+d}|{whose} is \{off_s - 1:+d}", findings["clock"][1]), "S3's is in seconds"
+
+
+def test_a_database_that_a_newer_program_wrote_is_left_alone_and_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with contextlib.closing(sqlite3.connect(tmp_path / "data" / "state.db")) as newer:
+        newer.execute("pragma user_version = 99")
+    code, findings = doctor(tmp_path / "data")
+    assert code == 1
+    assert findings["database"] == ("wrong", findings["database"][1])
+    assert findings["database"][1].endswith("start the newer program that wrote it")
+
+
+async def test_a_disk_or_spool_that_the_known_clients_updates_do_not_fit_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Federation(train=train, clients=3, data_dir=tmp_path / "data") as federation:
+        await federation.run(SEED, rounds=1, clients_required=3)
+    enough = await asyncio.to_thread(doctor, tmp_path / "data")
+    monkeypatch.setenv("FL_SPOOL_MAX_BYTES", "500")
+    code, findings = await asyncio.to_thread(doctor, tmp_path / "data")
+    assert (enough[0], enough[1]["disk"][0]) == (0, "ok")
+    assert (code, findings["disk"][0]) == (1, "wrong")
+    assert "3 updates of" in findings["disk"][1] and "spool_max_bytes" in findings["disk"][1]
+    monkeypatch.setenv("FL_SPOOL_MAX_BYTES", str(2**60))
+    code, findings = await asyncio.to_thread(doctor, tmp_path / "data")
+    assert (code, findings["disk"][0]) == (0, "note"), "the disk is smaller than the spool may grow"
+
+
+async def test_an_active_package_is_named_and_missed_when_its_bytes_are_gone(tmp_path: Path) -> None:
+    async with Federation(data_dir=tmp_path / "data") as federation:
+        form = {"name": "digits", "helper": "numpyhelper", "description": ""}
+        await federation.call("POST", "/api/v1/packages/", files={"file": ("p.tgz", tgz())}, data=form)
+    _, findings = await asyncio.to_thread(doctor, tmp_path / "data")
+    assert findings["package"] == ("ok", "digits is active")
+    for archive in (tmp_path / "data" / "packages").iterdir():
+        archive.unlink()
+    code, findings = await asyncio.to_thread(doctor, tmp_path / "data")
+    assert code == 1
+    assert findings["package"] == ("wrong", "the bytes of digits are gone: flserve package upload")
 
 
 def test_refused_keys_are_found(tmp_path: Path, s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import pymongo
@@ -102,6 +103,17 @@ class MongoStateStore:
         except BaseException:
             await self.close()
             raise
+
+    async def clock_s(self) -> float:
+        """The server's, in seconds since the epoch. For a store that is not open: nothing is owned by it."""
+        self._connect()
+        try:
+            with self._driver_errors("asking for its time"):
+                hello = await self._client.admin.command("hello")
+        finally:
+            await self.close()
+        said: datetime = hello["localTime"]  # in UTC
+        return said.replace(tzinfo=UTC).timestamp()
 
     def _connect(self) -> None:
         try:
