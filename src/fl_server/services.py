@@ -17,7 +17,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -90,8 +90,10 @@ class Service:
 
 
 class Mongod(Service):
-    def __init__(self, folder: Path, *, port: int | None = None) -> None:
+    def __init__(self, folder: Path, *, port: int | None = None, options: Sequence[str] = ()) -> None:
+        """options: more of mongod's own, such as --replSet."""
         super().__init__(folder, "mongod", self._line, self._listens)
+        self._options = options
         self.port = port or free_ports(1)[0]
         self.url = f"mongodb://127.0.0.1:{self.port}"
 
@@ -99,7 +101,7 @@ class Mongod(Service):
         data = self.folder / "data"
         data.mkdir(exist_ok=True)
         listen = ["--port", str(self.port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
-        return [_mongod(), "--dbpath", str(data), *listen]
+        return [_mongod(), "--dbpath", str(data), *listen, *self._options]
 
     async def _listens(self) -> bool:
         try:

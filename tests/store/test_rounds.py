@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from motor.motor_asyncio import AsyncIOMotorClient
 
 from fl_client import TrainResult
 from fl_client.wire import codec
-from fl_server.store.ports import Document
+from fl_server.rest.schemas import ENTITIES, Entity
+from fl_server.store.ports import ID_FIELD, INDEXED, Collection, Document
 from fl_server.store.s3 import S3
 from fl_server.testing import Federation
 
@@ -81,3 +83,81 @@ async def test_either_alone_may_be_chosen(tmp_path: Path, mongo_url: str, s3_ser
         }
     _, _, found = await rounds(tmp_path, **where)
     assert codec.decode(found)[0].shape == (2, 3)
+
+
+MANY = 100_000
+PAGE = 10
+
+
+@pytest.fixture
+async def client(mongo_url: str) -> AsyncIterator[Any]:
+    client: AsyncIOMotorClient[Document] = AsyncIOMotorClient(mongo_url, timeoutMS=600_000)
+    yield client
+    client.close()
+
+
+@pytest.mark.long
+async def test_no_list_of_a_hundred_thousand_records_scans_a_collection(
+    tmp_path: Path, mongo_url: str, client: Any, heard: list[Document]
+) -> None:
+    """What the driver sent for each route, explained by the database that answered it."""
+    name = f"fl-test-{uuid.uuid4()}"
+    where = {"mongo_url": mongo_url, "mongo_database": name}
+    async with Federation(data_dir=tmp_path, wait_s=600.0, **where) as federation:
+        for collection in Collection:
+            await fill(client[name], collection)
+        for entity in ENTITIES:
+            await ask_every_list(federation, entity)
+        for path in ("models/leaf-nodes", "models/7/descendants", "models/7/ancestors", "clients/7/attributes"):
+            await federation.call("GET", f"/api/v1/{path}")
+        await federation.call("POST", "/api/v1/attributes/current", json={"client_ids": ["7", "8"]})
+        await federation.call("GET", "/get_controller_status")
+    asked = {str(command): command for command in heard if command.keys() & {"find", "aggregate"}}
+    assert len(asked) > 500
+    scans = []
+    for command in asked.values():
+        bare = {key: value for key, value in command.items() if key not in ("lsid", "$db", "readConcern")}
+        said = await client[name].command({"explain": bare, "verbosity": "queryPlanner"})
+        del said["command"]
+        if "COLLSCAN" in str(said):
+            scans.append(bare)
+    assert scans == []
+    await client.drop_database(name)
+
+
+async def fill(database: Any, collection: Collection) -> None:
+    """By the database itself: nothing of it goes over the wire."""
+    document: Document = {
+        ID_FIELD[collection]: {"$toString": "$n"},
+        "committed_at": {"$toDouble": "$n"},
+        "updated_at": {"$toDouble": "$n"},
+        "fl.version": {"$literal": 1},
+        "fl.ordinal": "$n",
+        "value": "$n",
+    }
+    document |= {field: {"$toString": {"$mod": ["$n", MANY // 5]}} for field in INDEXED[collection]}
+    document |= {ID_FIELD[collection]: {"$toString": "$n"}}
+    if "status" in document:
+        document["status"] = {"$literal": "Finished"}
+    numbers = [{"$documents": [{"n": {"$range": [0, MANY]}}]}, {"$unwind": "$n"}, {"$set": document}, {"$unset": "n"}]
+    await database.aggregate([*numbers, {"$out": collection.value}]).to_list(None)
+    assert await database[collection.value].estimated_document_count() == MANY
+
+
+async def ask_every_list(federation: Federation, entity: Entity) -> None:
+    """Each field that a list is filtered by, each operator, each order; and the counts."""
+    fields = [field for field in INDEXED[entity.collection] if field.partition(".")[0] in entity.shape.model_fields]
+    filters = ["", "committed_at__gte=99990"]
+    filters += [f"{field}{suffix}=7" for field in fields for suffix in ("", "__ne", "__gt", "__gte", "__lt", "__lte")]
+    url = f"/api/v1/{entity.noun}"
+    for query in filters:
+        assert isinstance(await federation.call("GET", f"{url}/count?{query}"), int)
+        for order in ("asc", "desc"):
+            headers = {"X-Limit": f"{PAGE}", "X-Sort-Order": order}
+            page = await federation.call("GET", f"{url}/?{query}", headers=headers)
+            assert len(page["result"]) == min(PAGE, page["count"])
+    for field in fields:
+        await federation.call("GET", f"{url}/", headers={"X-Limit": f"{PAGE}", "X-Sort-Key": field})
+        await federation.call("POST", f"{url}/list", json={field: "7,8"}, headers={"X-Limit": f"{PAGE}"})
+        await federation.call("POST", f"{url}/count", json={field: "7,8"})
+    await federation.call("GET", f"{url}/7")
