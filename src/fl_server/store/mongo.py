@@ -453,6 +453,15 @@ class MongoStateStore:
         return [_shown(stored) for stored in found]
 
     async def count(self, collection: Collection, where: tuple[Condition, ...] = ()) -> int:
+        unequal = [condition for condition in where if condition.op == "ne"]
+        if len({condition.field for condition in unequal}) != 1:
+            return await self._count(collection, where)
+        # no index finds what is unequal, so what is equal is taken off; documents that come meanwhile may count or not
+        rest = tuple(condition for condition in where if condition.op != "ne")
+        equal = Condition(unequal[0].field, "in", tuple(_scalar(condition) for condition in unequal))
+        return max(0, await self._count(collection, rest) - await self._count(collection, (*rest, equal)))
+
+    async def _count(self, collection: Collection, where: tuple[Condition, ...]) -> int:
         hint = {} if where else {"hint": "_id_"}  # without, the server reads all documents to count them
         with self._driver_errors(f"count in {collection}"):
             return int(await self._open_db()[collection.value].count_documents(filter_of(where), **hint))
@@ -677,8 +686,7 @@ def _filter(condition: Condition) -> Document:
         terms = [_compare(field, "in", there)] if there else []
         terms += [_is_null(field)] if None in value else []
         return {"$or": terms} if terms else {"$alwaysFalse": 1}
-    if isinstance(value, tuple):
-        raise AssertionError(f"{field} {op} {value!r}: a scalar is needed")
+    value = _scalar(condition)
     if op == "ne":
         return {"$nor": [_filter(Condition(field, "eq", value))]}
     if value is None:  # null is equal to itself, and neither more nor less
@@ -716,8 +724,15 @@ _NO_LIST: Mapping[str, Any] = {"$not": {"$type": "array"}}
 
 
 def _parents(field: str) -> list[str]:
+    """Those that may be lists; `fl` is ours and is none."""
     names = field.split(".")
-    return [".".join(names[:count]) for count in range(1, len(names))]
+    return [".".join(names[:count]) for count in range(2 if names[0] == "fl" else 1, len(names))]
+
+
+def _scalar(condition: Condition) -> str | int | float | bool | None:
+    if isinstance(condition.value, tuple):
+        raise AssertionError(f"{condition.field} {condition.op} {condition.value!r}: a scalar is needed")
+    return condition.value
 
 
 def _is_nameable(field: str) -> bool:
