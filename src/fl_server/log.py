@@ -40,5 +40,6 @@ def configure(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(FactsFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "httpcore", "grpc", "asyncio", "uvicorn.access", "multipart"):
+    for noisy in ("httpx", "httpcore", "grpc", "asyncio", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each form that is none: anybody's

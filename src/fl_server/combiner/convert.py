@@ -173,10 +173,10 @@ def status_document(status: pb.Status, client: ClientId, at: float) -> Document:
     fields = {
         "status": status.status,
         "timestamp": _iso(status.timestamp, at),
-        "log_level": pb.LogLevel.Name(status.log_level),
+        "log_level": _named(pb.LogLevel, status.log_level),
         "data": status.data,
         "correlation_id": status.correlation_id,
-        "type": pb.StatusType.Name(status.type),
+        "type": _named(pb.StatusType, status.type),
         "extra": status.extra,
         "session_id": status.session_id,
         "sender": _client(status.sender, client),
@@ -277,11 +277,24 @@ def _record(collection: Collection, client: ClientId, message: bytes, fields: Do
 def _client(sender: pb.Client, client: ClientId | None) -> Document:
     return {
         "name": sender.name,
-        "role": pb.Role.Name(sender.role),
+        "role": _named(pb.Role, sender.role),
         "client_id": sender.client_id or client or None,
     }
 
 
+def _named(enum: Any, value: int) -> str:
+    """Its name; its number where a newer client knows more than we do."""
+    try:
+        return str(enum.Name(value))
+    except ValueError:
+        return str(value)
+
+
 def _iso(timestamp: Timestamp, at: float) -> str:
-    """ISO 8601, UTC; the server's time where the client gave none."""
-    return timestamp.ToJsonString() if timestamp.seconds else datetime.fromtimestamp(at, UTC).isoformat()[:26] + "Z"
+    """ISO 8601, UTC; the server's time where the client gave none, or one outside the years 1 to 9999."""
+    if timestamp.seconds:
+        try:
+            return timestamp.ToJsonString()
+        except ValueError:
+            pass
+    return datetime.fromtimestamp(at, UTC).isoformat()[:26] + "Z"

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.wrappers_pb2 import StringValue, UInt32Value
 
@@ -22,7 +23,7 @@ from fl_server import log
 from fl_server.auth import EXPIRED, Gate, Identity, roles_of_rpc
 from fl_server.combiner.servicer import Servicer, address_of, metadata, token_of
 from fl_server.core.model import ClientId
-from fl_server.errors import FlserveError, Forbidden, TooMany, Unauthorized, Unavailable
+from fl_server.errors import FlserveError, Forbidden, Invalid, TooMany, Unauthorized, Unavailable
 
 logger = logging.getLogger(__name__)
 RAW_REPLIES = {"Download"}  # handlers that write serialized messages themselves
@@ -65,9 +66,8 @@ class CombinerServer:
         self._server = grpc.aio.server(options=options)
         self._credentials = credentials
         self.rpcs: list[str] = []  # package.Service/Method
-        for service in pb.DESCRIPTOR.services_by_name.values():
-            methods = {method.name: _handler(servicer, gate, method) for method in service.methods}
-            self._serve(service.full_name, methods)
+        for service, methods in handlers(servicer, gate).items():
+            self._serve(service, methods)
         self._serve(HEALTH, {"Check": _health(unready)})
 
     def _serve(self, service: str, methods: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
@@ -97,6 +97,14 @@ class CombinerServer:
         await self._server.stop(grace_s)
 
 
+def handlers(servicer: Servicer, gate: Gate | None) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
+    """By service and method: all that the proto has."""
+    return {
+        service.full_name: {method.name: _handler(servicer, gate, method) for method in service.methods}
+        for service in pb.DESCRIPTOR.services_by_name.values()
+    }
+
+
 def _handler(servicer: Servicer, gate: Gate | None, method: Any) -> grpc.RpcMethodHandler[Any, Any]:
     behaviour: Handler = getattr(servicer, method.name, None) or _unimplemented
     make = {
@@ -107,11 +115,24 @@ def _handler(servicer: Servicer, gate: Gate | None, method: Any) -> grpc.RpcMeth
     }[method.client_streaming, method.server_streaming]
     raw = method.name in RAW_REPLIES
     handler: grpc.RpcMethodHandler[Any, Any] = make(
-        _guarded(method, _let_in(servicer, gate, method, behaviour) if gate else behaviour),
-        request_deserializer=GetMessageClass(method.input_type).FromString,
+        _guarded(method, _let_in(servicer, gate, method, behaviour)),
+        # one message is read behind the gate: what cannot be read would leave gRPC as UNKNOWN, whoever sent it
+        request_deserializer=_reader(method) if method.client_streaming else None,
         response_serializer=None if raw else GetMessageClass(method.output_type).SerializeToString,
     )
     return handler
+
+
+def _reader(method: Any) -> Callable[[bytes], Any]:
+    parse = GetMessageClass(method.input_type).FromString
+
+    def read(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            raise Invalid(f"these {len(data)} bytes are no {method.input_type.full_name}") from None
+
+    return read
 
 
 async def _unimplemented(request: Any, context: Context) -> None:
@@ -133,8 +154,11 @@ def _health(unready: Callable[[], str | None]) -> grpc.RpcMethodHandler[Any, Any
     return handler
 
 
-def _let_in(servicer: Servicer, gate: Gate, method: Any, behaviour: Handler) -> Handler:
+def _let_in(servicer: Servicer, gate: Gate | None, method: Any, behaviour: Handler) -> Handler:
     """A call that streams, whichever way, ends when its token expires: it could go on for ever."""
+    read: Callable[[Any], Any] = (lambda messages: messages) if method.client_streaming else _reader(method)
+    if gate is None:
+        return lambda request, context: behaviour(read(request), context)
     rpc = f"{method.containing_service.full_name}/{method.name}"
     streams = method.client_streaming or method.server_streaming
     names_its_client = method.name != "TaskStream"  # which says what the client is called: it checks by itself
@@ -150,17 +174,17 @@ def _let_in(servicer: Servicer, gate: Gate, method: Any, behaviour: Handler) -> 
             await context.abort(refused.grpc_status, str(refused))
 
     async def call(request: Any, context: Context) -> Any:
-        identity = await identified(context)
+        identity, message = await identified(context), read(request)
         if identity is None:
-            return await behaviour(request, context)
+            return await behaviour(message, context)
         try:
             if identity.client_id is not None:
                 token_of.set(ClientId(identity.client_id))
                 if names_its_client:
-                    servicer.check_owner(context, getattr(request, "sender", None))
+                    servicer.check_owner(context, getattr(message, "sender", None))
             left_s = identity.expires_at - gate.verifier.clock()
             async with asyncio.timeout(left_s if streams else None) as valid:
-                return await behaviour(request, context)
+                return await behaviour(message, context)
         except Forbidden as refused:
             await context.abort(refused.grpc_status, str(refused))
         except TimeoutError:

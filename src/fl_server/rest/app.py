@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -30,6 +30,8 @@ from .bodies import BoundedRoute, Desk
 from .schemas import ControllerStatus, Failure, Readiness, problem
 
 logger = logging.getLogger(__name__)
+
+MAX_MESSAGE = 1000  # characters of an error
 
 _FAILURES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Failure, "description": "the request is wrong, or not possible now"},
@@ -120,23 +122,29 @@ async def _answer_ours(request: Request, error: Exception) -> Response:
     status = 400 if isinstance(error, Invalid) else error.http_status
     if status == 500:
         raise error
-    return JSONResponse({"message": str(error)}, status)
+    return _answer(str(error), status)
 
 
 async def _answer_invalid_config(request: Request, error: Exception) -> Response:
-    return JSONResponse({"message": str(error)}, 400)
+    return _answer(str(error), 400)
 
 
 async def _answer_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return JSONResponse({"message": problem(error.errors())}, 400)
+    return _answer(problem(error.errors()), 400)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = {404: f"no such path: {request.url.path}", 405: f"{request.method} is not allowed here"}
     message = said.get(error.status_code, error.detail)
-    return JSONResponse({"message": message}, error.status_code, headers=error.headers)
+    return _answer(message, error.status_code, error.headers)
+
+
+def _answer(message: str, status: int, headers: Mapping[str, str] | None = None) -> Response:
+    """Messages tell what was sent, which may be a key of a megabyte."""
+    shown = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
+    return JSONResponse({"message": shown}, status, headers=headers)
 
 
 class Incidents:
