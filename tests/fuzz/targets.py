@@ -345,8 +345,6 @@ def wire(*, gated: bool) -> Iterator[Wire]:
                 opened = await enter()
                 ready.set()
                 await leave.wait()
-                if gated:
-                    await opened.end()
 
         opened: Wire | None = None
         ready, leave = asyncio.Event(), asyncio.Event()
@@ -355,9 +353,13 @@ def wire(*, gated: bool) -> Iterator[Wire]:
         if opened is None:
             living.result()
         assert opened is not None
-        yield opened
-        leave.set()
-        loop.run_until_complete(living)
+        try:
+            yield opened
+            if gated:
+                loop.run_until_complete(opened.end())
+        finally:
+            leave.set()
+            loop.run_until_complete(living)
 
 
 def headers(gated: bool, until: int) -> st.SearchStrategy[list[tuple[str, str]]]:
@@ -529,8 +531,10 @@ def rest_api() -> Iterator[Rest]:
             return opened
 
         opened = runner.run(enter())
-        yield opened
-        runner.run(entered.__aexit__(None, None, None))
+        try:
+            yield opened
+        finally:
+            runner.run(entered.__aexit__(None, None, None))
 
 
 def rest_test(opened: Rest, *, examples: int) -> Callable[[], None]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -12,7 +16,10 @@ from hypothesis import given, settings
 
 from fl_client.manifest import PackageError, read_manifest
 from fl_client.wire import fl_pb2 as pb
+from fl_server.combiner import convert
+from fl_server.combiner.servicer import Servicer, token_of
 from tests.fuzz.targets import LAUGHS, MERGES, METHODS, TARGETS, mutations, rest_api, rest_test, rpc_test, wire
+from tests.server.tokens import token
 
 
 @pytest.mark.parametrize("name", ["codec", "package", "jwt"])
@@ -89,3 +96,30 @@ def test_a_manifest_cannot_grow_beyond_its_size(manifest: bytes, said: str, tmp_
 def test_no_request_is_a_fault_of_the_server_and_one_that_is_refused_changes_nothing() -> None:
     with rest_api() as opened:
         rest_test(opened, examples=300)()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TARGETS)
+def test_atheris_finds_nothing_in_a_few_thousand_runs(name: str, tmp_path: Path) -> None:
+    """`make fuzz` goes on for longer."""
+    runs = "2000" if name in ("rpcs", "rest") else "10000"
+    command = [sys.executable, "-m", "tests.fuzz", name, "--runs", runs, "--seconds", "300", "--folder", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, timeout=590, check=False)
+    said = ended.stderr.decode(errors="replace")
+    assert ended.returncode == 0, said[-3000:]
+    assert f"Done {runs} runs" in said
+
+
+def test_a_server_that_believes_what_a_caller_calls_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Servicer, "check_owner", lambda self, context, sender: token_of.set(None))
+    until = int(time.time()) + 60
+    said = [("client", "a"), ("authorization", f"Bearer {token('client', client_id='x', exp=until)}")]
+    with pytest.raises(AssertionError), wire(gated=True) as opened:  # noqa: PT012  said when it is left
+        lie = pb.ModelUpdate(task_id=opened.tasks[0].task_id, failure="a lie")
+        opened.send("fedn.Combiner/SendModelUpdate", [lie.SerializeToString()], said)
+
+
+def test_a_fault_in_a_handler_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "json_object", json.loads)
+    with wire(gated=False) as opened, pytest.raises((AssertionError, ExceptionGroup)):
+        rpc_test(opened, ["fedn.Combiner/SendModelUpdate"], gated=False, examples=200)()

@@ -97,6 +97,13 @@ def test_a_signed_token_is_good_and_an_issuers_server_signs_none() -> None:
         Verifier.of(public, algorithm="ES256").sign(Role.CLIENT, client_id="a", lifetime_s=60)
 
 
+@pytest.mark.parametrize("algorithm", ["HS256", "RS256", "ES256"])
+def test_python_joses_other_backend_is_never_used(algorithm: str) -> None:
+    """It needs ecdsa, in which a timing attack is not going to be fixed (CVE-2024-23342)."""
+    key = SECRET if algorithm == "HS256" else key_pair(algorithm)[1]
+    assert type(Verifier.of(key, algorithm=algorithm)._key).__module__ == "jose.backends.cryptography_backend"
+
+
 # ---- the table
 
 

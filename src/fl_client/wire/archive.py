@@ -35,6 +35,7 @@ _BLOCK_BYTES = 1 << 18
 _LISTED_BYTES = 256  # of a zip's directory, for each member
 _EXTENSION_BYTES = 1 << 16  # of a tar's long name or pax header
 _EXTENSIONS_IN_A_ROW = 4
+_SAID = 200  # characters of the library's own words, which may hold a name of 64 kB
 _NAME_BYTES = 1024
 _PART_BYTES = 255  # what a file system takes
 _EXTENSION_TYPES = {tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE}
@@ -194,13 +195,13 @@ def _reading() -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, zipfile.BadZipFile, tarfile.HeaderError, struct.error) as exc:
-        raise BadArchive(f"it is damaged: {exc}") from None
+        raise BadArchive(f"it is damaged: {str(exc)[:_SAID]}") from None
     except (ValueError, OverflowError, RuntimeError) as exc:
-        raise BadArchive(f"it cannot be read: {exc}") from None
+        raise BadArchive(f"it cannot be read: {str(exc)[:_SAID]}") from None
     except OSError as exc:
         if exc.errno not in (None, errno.EINVAL):  # gzip and bz2 have no number; an offset below 0 is invalid
             raise
-        raise BadArchive(f"it is damaged: {exc}") from None
+        raise BadArchive(f"it is damaged: {str(exc)[:_SAID]}") from None
 
 
 # ---- zip
@@ -230,7 +231,7 @@ def _zip_members(path: Path, limits: Limits) -> Iterator[_Member]:
                 raise BadArchive(f"it has more than {limits.members} members")
             budget.expect(sum(info.file_size for info in archive.infolist()))
             for info in archive.infolist():
-                mode = info.external_attr >> 16
+                mode = info.external_attr >> 16  # orig_filename is as it stands there: filename ends at a NUL
                 if info.flag_bits & 0x1:
                     raise BadArchive(f"{_shown(info.filename)} is encrypted")
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -238,10 +239,9 @@ def _zip_members(path: Path, limits: Limits) -> Iterator[_Member]:
                 if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
                     what = "is a link" if stat.S_ISLNK(mode) else "is neither a file nor a folder"
                     raise BadArchive(f"{_shown(info.filename)} {what}")
-                is_folder = info.is_dir()
+                is_folder = info.orig_filename.endswith("/")
                 if is_folder != stat.S_ISDIR(mode) and stat.S_IFMT(mode):
                     raise BadArchive(f"{_shown(info.filename)} is called a file and a folder")
-                # orig_filename is as it stands there: filename ends at a NUL
                 yield _Member(
                     info.orig_filename, is_folder, bool(mode & 0o100), _zip_blocks(archive, info, budget, is_folder)
                 )
