@@ -376,6 +376,7 @@ async def _http(app: object, settings: Settings, tls: Certificates | None) -> As
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
         http=_patient(settings.http_header_timeout_s),
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -177,6 +177,7 @@ PUBLIC_KEY = ("RS256", "RS384", "RS512", "ES256", "ES384", "ES512")
 _CURVES = {"ES256": "P-256", "ES384": "P-384", "ES512": "P-521"}
 BOTH_SCHEMES = ("Bearer", "Token")
 LEEWAY_S = 5.0  # clocks differ
+LEAST_SECRET_BYTES = 16  # whoever has one token can try out a shorter secret on its signature, and be anybody
 MAX_TOKEN_CHARACTERS = 8192
 INVALID = "Invalid token"
 EXPIRED = "Token expired"
@@ -253,7 +254,8 @@ class Verifier:
         role = claims.get("role")
         if not isinstance(role, str) or role not in list(Role):
             raise Unauthorized(INVALID)
-        client_id = claims.get("client_id", claims.get("sub"))
+        client_id = claims.get("client_id")
+        client_id = claims.get("sub") if client_id is None else client_id
         if client_id is not None and not (isinstance(client_id, str) and client_id):
             raise Unauthorized(INVALID)
         return Identity(Role(role), client_id, expires_at + LEEWAY_S)
@@ -291,11 +293,16 @@ def _key(secret: str, algorithm: str) -> Any:
         raise Invalid("jwt_secret_key: empty")
     if algorithm in HMAC:
         try:
-            return jwk.construct(secret, algorithm)
+            if _is_jwk(secret):
+                raise JOSEError
+            key = jwk.construct(secret, algorithm)
         except JOSEError:
             raise Invalid(
                 f"jwt_secret_key: a public key is no secret for {algorithm}; for it, jwt_algorithm is RS256 or ES256"
             ) from None
+        if len(secret.encode()) < LEAST_SECRET_BYTES:
+            raise Invalid(f"jwt_secret_key: shorter than {LEAST_SECRET_BYTES} bytes; 32 random ones cannot be guessed")
+        return key
     pem = secret.replace("\\n", "\n").strip() + "\n"  # as it stands in an environment file
     if "PRIVATE KEY" in pem:
         raise Invalid(f"jwt_secret_key: with {algorithm} the public key belongs here; this is the private one")
@@ -307,6 +314,15 @@ def _key(secret: str, algorithm: str) -> Any:
     if facts.get("crv") != _CURVES.get(algorithm):
         raise Invalid(f"jwt_secret_key: {algorithm} needs a key on {_CURVES.get(algorithm)}, not {facts.get('crv')}")
     return key
+
+
+def _is_jwk(secret: str) -> bool:
+    """Whether it is a key in JSON (RFC 7517), which python-jose takes for any other text."""
+    try:
+        document = json.loads(secret)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and ("kty" in document or "keys" in document)
 
 
 # ---- the gate

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
 import time
 
 import pytest
+from jose import jwk
 
 from fl_server.app import gate
 from fl_server.auth import ACCESS, ADMIN, CLIENT, NOBODY, OPEN, Failures, Gate, Role, Verifier, roles_of_route
 from fl_server.errors import Forbidden, Invalid, TooMany, Unauthorized
 from fl_server.settings import Settings
 from tests.server.tokens import SECRET, bad_headers, by_hand, claims, key_pair, token
+
+KEY = SECRET.encode()
 
 
 def test_a_good_token_says_role_client_and_until_when() -> None:
@@ -22,6 +27,7 @@ def test_a_good_token_says_role_client_and_until_when() -> None:
     assert expires_at <= said.expires_at <= expires_at + 10
     assert verifier.verify(f"Token {token('client', sub='b')}").client_id == "b"
     assert verifier.verify(f"bearer {token('client', sub='b', client_id='a')}").client_id == "a"
+    assert verifier.verify(f"Bearer {by_hand({'alg': 'HS256'}, claims(client_id=None, sub='b'), KEY)}").client_id == "b"
     assert verifier.verify(f"Bearer {token('admin')}").client_id is None
 
 
@@ -31,6 +37,26 @@ def test_a_bad_token_is_refused_in_fedns_words(kind: str) -> None:
     with pytest.raises(Unauthorized) as refused:
         Verifier.of(SECRET).verify(header)
     assert str(refused.value) == said
+
+
+def test_a_token_does_not_say_how_it_is_read() -> None:
+    """Neither where its key would be found (kid, jku, x5u, jwk of RFC 7515), nor that its payload is another thing."""
+    read = Verifier.of(SECRET).verify
+    about = {"kid": "other", "jku": "http://127.0.0.1:9/", "x5u": "http://127.0.0.1:9/", "jwk": {"kty": "oct", "k": ""}}
+    assert read(f"Bearer {by_hand({'alg': 'HS256', 'typ': 'at+jwt', **about}, claims(), KEY)}").role is Role.ADMIN
+    with pytest.raises(Unauthorized):
+        read(f"Bearer {by_hand({'alg': 'HS256', **about}, claims(), b'')}")
+
+
+@pytest.mark.parametrize("algorithm", ["ES256", "ES384", "ES512"])
+def test_a_signature_of_zeros_is_none(algorithm: str) -> None:
+    """CVE-2022-21449: r = s = 0 fits each key where nobody looks."""
+    _, public = key_pair(algorithm)
+    signed = by_hand({"alg": algorithm}, claims(), None)
+    for size in (64, 96, 132):
+        zeros = base64.urlsafe_b64encode(bytes(size)).rstrip(b"=").decode()
+        with pytest.raises(Unauthorized):
+            Verifier.of(public, algorithm=algorithm).verify(f"Bearer {signed}{zeros}")
 
 
 def test_only_the_scheme_that_is_set_is_accepted() -> None:
@@ -79,7 +105,10 @@ def test_a_key_that_does_not_fit_is_refused_at_the_start_and_not_told() -> None:
     private, _ = key_pair("RS256")
     _, p384 = key_pair("ES384")
     _, p256 = key_pair("ES256")
+    in_json = json.dumps(jwk.construct(p256, "ES256").to_dict())
     wrong = [(private, "RS256"), (p384, "ES256"), (p256, "RS256"), (SECRET, "RS256"), (SECRET, "ES256"), (" ", "HS256")]
+    wrong += [(p256, "HS256"), (in_json, "HS256"), ("ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAAAgQD", "HS256")]
+    wrong += [("15 bytes, short", "HS256"), ("15 bytes, short", "HS512")]
     for key, algorithm in wrong:
         with pytest.raises(Invalid, match=r"^jwt_secret_key: ") as refused:
             Verifier.of(key, algorithm=algorithm)

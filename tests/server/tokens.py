@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import hmac
 import json
@@ -12,15 +13,16 @@ from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from jose import jwt
+from jose import jwk, jwt
 
 SECRET = "a-secret-that-no-log-may-show-0123456789"
 _PKCS8 = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 _SPKI = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
+@functools.cache
 def key_pair(algorithm: str) -> tuple[str, str]:
-    """Private and public, in PEM."""
+    """Private and public, in PEM; always the same, as an RSA key takes its time."""
     key: Any
     if algorithm.startswith("RS"):
         key = rsa.generate_private_key(65537, 2048)
@@ -47,6 +49,14 @@ def by_hand(header: Mapping[str, Any], claims: Mapping[str, Any], key: bytes | N
 
 def claims(role: str = "admin", **said: Any) -> dict[str, Any]:
     return {"role": role, "exp": int(time.time()) + 60, **said}
+
+
+def signed_by_its_own_key() -> str:
+    """RS256 by a key that the token brings along, as `jwk`, `kid`, `jku` and `x5u` of RFC 7515 would let it."""
+    private, public = key_pair("RS256")
+    brought = {"jwk": jwk.construct(public, "RS256").to_dict(), "kid": "../../dev/null", "jku": "http://127.0.0.1:9/"}
+    headers = {**brought, "x5u": "http://127.0.0.1:9/"}
+    return str(jwt.encode(claims(), private, algorithm="RS256", headers=headers))
 
 
 def bad_headers() -> dict[str, tuple[str | None, str]]:
@@ -81,6 +91,7 @@ def bad_headers() -> dict[str, tuple[str | None, str]]:
             f"Bearer {by_hand({'alg': 'HS256', 'crit': ['b64']}, claims(), SECRET.encode())}",
             "Invalid token",
         ),
+        "its own key": (f"Bearer {signed_by_its_own_key()}", "Invalid token"),
         "no role": (f"Bearer {token(None)}", "Invalid token"),
         "unknown role": (f"Bearer {token('root')}", "Invalid token"),
         "roles": (f"Bearer {token(['admin'])}", "Invalid token"),  # type: ignore[arg-type]

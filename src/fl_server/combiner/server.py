@@ -20,7 +20,7 @@ from google.protobuf.wrappers_pb2 import StringValue, UInt32Value
 
 from fl_client.wire import fl_pb2 as pb
 from fl_server import log
-from fl_server.auth import EXPIRED, Gate, Identity, roles_of_rpc
+from fl_server.auth import EXPIRED, Gate, Identity, Role, roles_of_rpc
 from fl_server.combiner.servicer import Servicer, address_of, metadata, token_of
 from fl_server.core.model import ClientId
 from fl_server.errors import FlserveError, Forbidden, Invalid, TooMany, Unauthorized, Unavailable
@@ -180,10 +180,11 @@ def _let_in(servicer: Servicer, gate: Gate | None, method: Any, behaviour: Handl
         try:
             if identity.client_id is not None:
                 token_of.set(ClientId(identity.client_id))
-                if names_its_client:
-                    servicer.check_owner(context, getattr(message, "sender", None))
+                log.client_id.set(identity.client_id)
             left_s = identity.expires_at - gate.verifier.clock()
             async with asyncio.timeout(left_s if streams else None) as valid:
+                if names_its_client and identity.role is Role.CLIENT:
+                    await servicer.check_owner(context, getattr(message, "sender", None))
                 return await behaviour(message, context)
         except Forbidden as refused:
             await context.abort(refused.grpc_status, str(refused))

@@ -52,6 +52,7 @@ class Servicer:
         self._upload_turns = asyncio.Semaphore(limits.uploads_at_once)
         self._without_turn = asyncio.Semaphore(limits.uploads_at_once)
         self._ids: dict[str, ClientId] = {}  # what attached clients call themselves in metadata, if not by their id
+        self._names: dict[ClientId, str] = {}  # the same the other way round: two may have one name
         self._streams_of: Counter[str] = Counter()  # by address
 
     # ---- Combiner
@@ -88,6 +89,7 @@ class Servicer:
             mailbox = await scheduler.attach(client, name or client, context.peer())
         if said and said != client and len(said.encode()) <= MAX_ID_BYTES:
             self._ids.setdefault(said, client)
+            self._names[client] = said
         try:
             await context.send_initial_metadata(())  # says "attached" to a client that has no task yet
             self._note_stream(client, name, "connecting to")
@@ -99,8 +101,10 @@ class Servicer:
             finally:
                 self._note_stream(client, name, "disconnected from")
                 # else a newer stream of the client is known by this name, or another client
-                if client not in scheduler.streams.attached() and self._ids.get(said) == client:
-                    del self._ids[said]
+                if client not in scheduler.streams.attached():
+                    self._names.pop(client, None)
+                    if self._ids.get(said) == client:
+                        del self._ids[said]
         match mailbox.ending:
             case Ending.REPLACED:
                 await context.abort(grpc.StatusCode.ABORTED, mailbox.detail)
@@ -253,14 +257,26 @@ class Servicer:
             return ClientId(said)
         return self._ids.get(said, ClientId(said))
 
-    def check_owner(self, context: Context, sender: pb.Client | None) -> None:
-        """Raises Forbidden if the call names another client than the one of its token (by id, or as its stream did)."""
+    async def check_owner(self, context: Context, sender: pb.Client | None) -> None:
+        """Raises Forbidden if the call names another client than the one of its token, by id or by its own name.
+
+        From then on the sender is who the token says: a name that is another client's id stays no more than a name.
+        """
         owner = token_of.get()
-        if owner is None or (sender is not None and sender.client_id == owner):
+        if owner is None:
             return
-        for said in (metadata(context, "client"), sender.client_id if sender else ""):
-            if said and said != owner and self._ids.get(said) != owner:
-                raise Forbidden(f"the token is not of client {said[:100]}")
+        if sender is None or sender.client_id != owner:
+            for said in {metadata(context, "client"), sender.client_id if sender else ""} - {"", owner}:
+                if said != self._names.get(owner) and said != await self._recorded_name(owner):
+                    raise Forbidden(f"the token is not of client {said[:100]}")
+        if sender is not None:
+            sender.client_id, sender.role = owner, pb.CLIENT
+
+    async def _recorded_name(self, client: ClientId) -> str | None:
+        """For one that is not attached: after a restart, an upload may come before its stream."""
+        async with asyncio.timeout(self._limits.store_patience_s):
+            found = await self._scheduler.insist(self._scheduler.store.get, Collection.CLIENTS, client)
+        return str(found["name"]) if found else None
 
     async def _sender(self, context: Context, sender: pb.Client) -> ClientId:
         client = self._attached_sender(context, sender)

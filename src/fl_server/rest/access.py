@@ -13,13 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..auth import INVALID, NOBODY, Gate, Identity, Role, roles_of_route
+from ..auth import EXPIRED, INVALID, NOBODY, Gate, Identity, Role, roles_of_route
 from ..errors import FlserveError, Forbidden
 
 IDENTITY = "flserve.identity"  # in a request's scope: whose token it has
 ASKED_PATH = "flserve.asked_path"  # in a request's scope: the path with the prefix that it was called by
 _OURS = ("/api/v1/events/", "/docs", "/openapi.json")
 _EVERY_ROLE = frozenset(Role)
+_READS = ("GET", "HEAD")
 _DRAIN_BYTES, _DRAIN_S = 1 << 16, 2.0  # of a body that nobody wants: enough for its sender to hear the answer
 
 
@@ -38,14 +39,17 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+            return  # nothing here speaks anything else, and the table knows of nothing else
         identity: Identity | None = None
+        if self._gate is None and _is_of_another_site(scope):
+            refused = _OtherSite("a page of another site may not do that while authentication is off")
+            await _refuse(refused, scope, receive, send)
+            return
         if self._gate is not None and not self._gate.is_open(scope.get(ASKED_PATH, scope["path"])):
             try:
                 identity = self._admitted(self._gate, scope)
-            except FlserveError as refused:
-                await _refuse(refused, scope, receive, send)
+            except FlserveError as why:
+                await _refuse(why, scope, receive, send)
                 return
         left_s = math.inf
         if self._gate is not None and identity is not None:
@@ -65,6 +69,17 @@ class Access:
 
 class _NoSuchPath(FlserveError):
     http_status = 404
+
+
+class _OtherSite(FlserveError):
+    http_status = 403
+
+
+def _is_of_another_site(scope: Scope) -> bool:
+    """Whether a browser sends it for a page that is not ours: without tokens, any page could write here."""
+    headers = {name: value for name, value in scope["headers"] if name in (b"origin", b"host")}
+    origin = headers.get(b"origin")
+    return origin is not None and scope["method"] not in _READS and origin.partition(b"://")[2] != headers.get(b"host")
 
 
 async def _refuse(refused: FlserveError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,7 +109,7 @@ async def _drained(receive: Receive) -> bool:
 
 
 def _paced(receive: Receive, pace: Pace, left_s: float) -> Receive:
-    """left_s: then the caller counts as gone, which ends streams. Raises HTTPException 408."""
+    """left_s: then the caller counts as gone, which ends streams. Raises HTTPException 408, and 401 at left_s."""
     loop = asyncio.get_running_loop()
     valid_until_s = loop.time() + left_s
     waited_s, received_bytes, complete = 0.0, 0, False
@@ -110,7 +125,9 @@ def _paced(receive: Receive, pace: Pace, left_s: float) -> Receive:
                 message = await receive()
         except TimeoutError:
             if until_s == valid_until_s:
-                return {"type": "http.disconnect"}
+                if complete:
+                    return {"type": "http.disconnect"}
+                raise HTTPException(401, EXPIRED, {"www-authenticate": "Bearer", "connection": "close"}) from None
             raise HTTPException(408, "body: it comes too slowly", {"connection": "close"}) from None
         waited_s += loop.time() - begun_s
         received_bytes += len(message.get("body", b""))
