@@ -1,23 +1,27 @@
-"""A TCP proxy that loses what a test names: a request before its server hears it, or the answer after."""
+"""A TCP proxy that loses what a test names: a request before its server hears it, or the answer after.
+
+It may end TLS, as in front of a server that has none. Tunnel is an HTTP proxy for what a client wants to dial by name.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
 Lost = Literal["request", "answer", "rest", "wait"]
 
 
 class Proxy:
-    def __init__(self, url: str) -> None:
-        """url: of the server behind it, with its port."""
+    def __init__(self, url: str, tls: ssl.SSLContext | None = None) -> None:
+        """url: of the server behind it, with its port. tls: what it shows to callers; the server gets plaintext."""
         parts = urlsplit(url)
         assert parts.hostname and parts.port
         self._behind = (parts.hostname, parts.port)
-        self._scheme = parts.scheme
+        self._scheme, self._tls = parts.scheme, tls
         self._server: asyncio.Server
         self._port = 0
         self._open: set[asyncio.StreamWriter] = set()
@@ -40,7 +44,7 @@ class Proxy:
         self._answer = data
 
     async def up(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port, ssl=self._tls)
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def down(self) -> None:
@@ -115,9 +119,40 @@ class Proxy:
         raise ConnectionResetError
 
 
+P = TypeVar("P", bound=Proxy)
+
+
+class Tunnel(Proxy):
+    """Grants each CONNECT (RFC 9110, 9.3.6), and leads to its one server whatever name was asked for."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.asked: set[str] = set()  # "name:port"
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            return
+        self.asked.add(head.split()[1].decode())
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await super()._relay(reader, writer)
+
+
 @asynccontextmanager
-async def proxied(url: str) -> AsyncIterator[Proxy]:
-    proxy = Proxy(url)
+async def proxied(url: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Proxy]:
+    async with _running(Proxy(url, tls)) as proxy:
+        yield proxy
+
+
+@asynccontextmanager
+async def tunnelled(url: str) -> AsyncIterator[Tunnel]:
+    async with _running(Tunnel(url)) as tunnel:
+        yield tunnel
+
+
+@asynccontextmanager
+async def _running(proxy: P) -> AsyncIterator[P]:
     await proxy.up()
     try:
         yield proxy

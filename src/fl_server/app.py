@@ -44,9 +44,10 @@ from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import BlobStore, StateStore
 from fl_server.store.spool import Spool
 from fl_server.store.sqlite import SqliteStateStore
-from fl_server.tls import Certificates, private_certificates
+from fl_server.tls import Certificates, Made, private_certificates
 
 logger = logging.getLogger(__name__)
+RENEW_CERTIFICATES_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +213,7 @@ def certificates(settings: Settings) -> Certificates | None:
     if settings.tls == "auto":
         if given or key:
             raise Invalid("tls: auto makes the certificate; tls_cert and tls_key are for one that is there")
-        named = [settings.advertise_host, settings.grpc_trusted_proxy, settings.host]
-        made = private_certificates(
-            settings.data_dir / "tls", [name for name in named if name not in ("0.0.0.0", "::")]
-        )
+        made = _private_certificates(settings)
         logger.info("private CA", extra={"ca": made.ca})
         given, key = made.certificate, made.key
     if given and key:
@@ -223,6 +221,32 @@ def certificates(settings: Settings) -> Certificates | None:
     if given or key or client_ca:
         raise Invalid("tls_cert, tls_key: both are needed")
     return None
+
+
+def _private_certificates(settings: Settings) -> Made:
+    named = [settings.advertise_host, settings.grpc_trusted_proxy, settings.host]
+    return private_certificates(settings.data_dir / "tls", [name for name in named if name not in ("0.0.0.0", "::")])
+
+
+@asynccontextmanager
+async def _certificates_renewed(settings: Settings, pools: Executors) -> AsyncIterator[None]:
+    """Those of --tls auto, by a server that runs longer than they last; both ports read them again."""
+
+    async def renew() -> None:
+        while True:
+            await asyncio.sleep(RENEW_CERTIFICATES_S)
+            try:
+                await asyncio.get_running_loop().run_in_executor(pools.disk, _private_certificates, settings)
+            except (Invalid, OSError) as wrong:
+                logger.error("certificate not renewed", extra={"reason": wrong})
+
+    async with asyncio.TaskGroup() as tasks:
+        renewing = tasks.create_task(renew(), name="renew certificates") if settings.tls == "auto" else None
+        try:
+            yield
+        finally:
+            if renewing is not None:
+                renewing.cancel()
 
 
 def say_who_may_call(settings: Settings) -> None:
@@ -247,7 +271,10 @@ async def serving(settings: Settings, clock: Callable[[], float] = time.time) ->
     """A server that is ready, until the block is left. Raises Owned, Unavailable (a port is taken), Invalid."""
     entry, tls = gate(settings), certificates(settings)
     with executors() as pools:
-        async with scheduling(settings, pools, clock) as (scheduler, packages):
+        async with (
+            _certificates_renewed(settings, pools),
+            scheduling(settings, pools, clock) as (scheduler, packages),
+        ):
             limits = Limits(
                 max_model_bytes=settings.max_model_bytes,
                 uploads_at_once=settings.uploads_at_once,

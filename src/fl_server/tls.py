@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -108,6 +109,8 @@ class Certificates:
             context.load_verify_locations(self.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
             client_ca = self.client_ca.read_bytes()
+            context.num_tickets = 0  # who comes back with one would not be asked for a certificate again
+            context.options |= ssl.OP_NO_TICKET
         return changed, context, self.certificate.read_bytes(), self.key.read_bytes(), client_ca
 
 
@@ -132,21 +135,28 @@ class Made:
 
 
 def private_certificates(folder: Path, names: list[str]) -> Made:
-    """A CA and a certificate for these hosts and addresses, and for this machine; made where they are not there yet."""
+    """A CA and a certificate for these hosts and addresses, and for this machine; made where they are not there yet.
+
+    Raises Invalid; never makes a CA in the place of another, whose key may be kept elsewhere.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     made = Made(folder / "server.pem", folder / "server-key.pem", folder / "ca.pem")
     ca_key_path = folder / "ca-key.pem"
     hosts = sorted({name for name in (*names, "localhost", "127.0.0.1", "::1", socket.gethostname()) if name})
-    if not (made.ca.exists() and ca_key_path.exists()):
+    if made.ca.exists() and _is_good(made, hosts):
+        return made
+    if not made.ca.exists():
         ca_key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"flserve of {socket.gethostname()}"[:64])])
         _write_key(ca_key_path, ca_key)
         _write(made.ca, _pem(_certificate(name, name, ca_key, ca_key, [], _CA_DAYS)))
-    elif made.certificate.exists() and made.key.exists() and _is_good(made.certificate, hosts):
-        return made
-    loaded = serialization.load_pem_private_key(ca_key_path.read_bytes(), None)
-    assert isinstance(loaded, ec.EllipticCurvePrivateKey)
-    ca = x509.load_pem_x509_certificate(made.ca.read_bytes())
+    try:
+        ca, loaded = _read_certificate(made.ca), _read_key(ca_key_path)
+    except (OSError, ValueError) as wrong:
+        why = f"{made.ca}, {ca_key_path}: both are needed to sign a certificate for {', '.join(hosts)}"
+        raise Invalid(f"tls: {why}: {wrong}") from None
+    if ca.public_key() != loaded.public_key():
+        raise Invalid(f"tls: {ca_key_path} is not the key of {made.ca}")
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[-1][:64])])
     _write_key(made.key, key)
@@ -154,18 +164,39 @@ def private_certificates(folder: Path, names: list[str]) -> Made:
     return made
 
 
-def _is_good(path: Path, hosts: list[str]) -> bool:
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+def _is_good(made: Made, hosts: list[str]) -> bool:
+    """Whether it names them all, goes with its key and its CA, and lasts."""
+    try:
+        certificate, key, ca = _read_certificate(made.certificate), _read_key(made.key), _read_certificate(made.ca)
+        certificate.verify_directly_issued_by(ca)
+    except (OSError, ValueError, TypeError, InvalidSignature):
+        return False
     has = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
-    return left.days >= _RENEW_DAYS and all(_general(host) in list(has) for host in hosts)
+    fits = certificate.public_key() == key.public_key() and all(_general(host) in list(has) for host in hosts)
+    return fits and left.days >= _RENEW_DAYS
+
+
+def _read_certificate(path: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("a key of another kind")
+    return key
 
 
 def _general(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(host.encode("idna").decode())
+    except UnicodeError:
+        raise Invalid(f"tls: {host[:100]!r} cannot stand in a certificate") from None
 
 
 def _certificate(

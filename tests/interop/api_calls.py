@@ -1,6 +1,7 @@
 """Calls of FEDn's own APIClient: [[method, keyword arguments], …] on stdin, the answers as JSON on stdout.
 
-Run in FEDn's environment. FLSERVE_API: host:port/path of the server. The method "" answers the names of all methods.
+Run in FEDn's environment. FLSERVE_API: host:port/path of the server; FLSERVE_SECURE: it has TLS.
+The method "" answers the names of all methods.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import sys
 
 from fedn import APIClient
 
-api = APIClient(host=os.environ["FLSERVE_API"])
+secure = bool(os.environ.get("FLSERVE_SECURE"))
+api = APIClient(host=os.environ["FLSERVE_API"], secure=secure, verify=secure)
 
 
 def answer(method: str, arguments: dict[str, object]) -> object:

@@ -1,6 +1,6 @@
 """A client on FEDn's SDK, as a user of FEDn writes it: FednClient with train, validate and predict callbacks.
 
-Run in FEDn's environment: fedn_program.py <JSON>, with api_url, client_id, shift, num_examples, and fail_at_train.
+Run in FEDn's environment: fedn_program.py <JSON> with api_url, client_id, shift, num_examples, token, fail_at_train.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def predict(model: io.BytesIO) -> dict[str, object]:
 client = FednClient(train_callback=train, validate_callback=validate, predict_callback=predict)
 name = f"name of {said['client_id']}"
 wanted = {"name": name, "client_id": said["client_id"], "package": "local", "preferred_combiner": ""}
-result, combiner = client.connect_to_api(f"{said['api_url']}/", None, wanted)
+result, combiner = client.connect_to_api(f"{said['api_url']}/", said.get("token"), wanted)
 assert result is ConnectToApiResult.Assigned, combiner
-assert client.init_grpchandler(config=combiner, client_name=said.get("calls_itself") or said["client_id"], token=None)
+itself = said.get("calls_itself") or said["client_id"]
+assert client.init_grpchandler(config=combiner, client_name=itself, token=said.get("token"))
 client.log_attributes({"site": name, "empty": ""})
 client.run()

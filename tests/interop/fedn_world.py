@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,23 @@ class Processes:
         command = [str(fedn_venv() / "bin" / "fedn"), "client", "start", *given, *options]
         return await self.start(client_id, *command, cwd=directory, env=fedn_environment(directory) | variables)
 
-    async def program(self, client_id: str, api_url: str, *, shift: float, num_examples: int, **more: Any) -> Process:
+    async def program(
+        self,
+        client_id: str,
+        api_url: str,
+        *,
+        shift: float,
+        num_examples: int,
+        variables: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> Process:
         """fedn_program.py as a client that trains in its own process."""
         directory = self.directory / client_id
         directory.mkdir()
         said = {"api_url": api_url, "client_id": client_id, "shift": shift, "num_examples": num_examples, **more}
         command = [str(fedn_venv() / "bin" / "python"), str(HERE / "fedn_program.py"), json.dumps(said)]
-        return await self.start(client_id, *command, cwd=directory, env=fedn_environment(directory))
+        environment = fedn_environment(directory) | dict(variables or {})
+        return await self.start(client_id, *command, cwd=directory, env=environment)
 
     async def ask(self, script: str, calls: list[Any], **variables: str) -> list[Any]:
         """What a script of this folder, run in FEDn's environment, answers to the calls: one answer each."""
