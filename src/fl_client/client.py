@@ -146,6 +146,7 @@ class Client:
         self._successor: TaskStream | None = None  # attached already, with a newer token
         self._renew_now = asyncio.Event()
         self._renewed = asyncio.Event()  # another one for each token
+        self._no_renewal: ClientError | None = None  # the issuer refuses
         self._waits_for = ""
         self._queue: asyncio.Queue[tuple[pb.TaskRequest, TaskInfo]] = asyncio.Queue(_QUEUED_TASKS)
         self._open: dict[str, Due] = {}  # the tasks that are queued or worked, by their keys
@@ -231,7 +232,13 @@ class Client:
                     await self._renew_now.wait()
             if not self._renew_now.is_set() and self._tokens.due_in_s():
                 continue
-            await self._until_reached(lambda: renew(self._tokens, self._tls))
+            try:
+                await self._until_reached(lambda: renew(self._tokens, self._tls))
+            except ClientError as exc:
+                logger.error("no new access token, the one that we have is the last: %s", exc)
+                self._no_renewal = exc
+                self._renewed.set()
+                return
             logger.info("new access token")
             self._renew_now.clear()
             self._renewed.set()
@@ -261,7 +268,10 @@ class Client:
         return self._tokens.renewable and not refusals
 
     async def _newer_token(self, shown: int) -> None:
+        """Raises ClientError if the issuer gives no more."""
         while self._tokens.count <= shown:
+            if self._no_renewal is not None:
+                raise self._no_renewal
             renewed = self._renewed
             self._renew_now.set()
             await renewed.wait()

@@ -1,7 +1,7 @@
 """The token that a client shows, and when it is time for a new one.
 
-Knows no network: transport.py fetches the new one. `exp` is read without verification, to plan by: who decides is the
-server. No token is ever in a repr.
+Knows no network: transport.py (of a client) and api.py fetch the new one. `exp` is read without verification, to plan
+by: who decides is the server. No token is ever in a repr.
 """
 
 from __future__ import annotations
@@ -60,6 +60,15 @@ class Tokens:
         now = time.time()
         left_s = _expires_at(word) - now
         self._access, self._due_at = word, now + left_s - min(_SPARE_S, max(0.0, left_s) / 3)
+
+
+def renewed(answer: object) -> tuple[str, str]:
+    """The access token and, where there is one, the next refresh token of an issuer's answer. Raises ValueError."""
+    match answer:
+        case {"access": str(access), **more} if access.strip():
+            refresh = more.get("refresh")
+            return access, refresh if isinstance(refresh, str) else ""
+    raise ValueError("it answered no access token")
 
 
 def _expires_at(token: str) -> float:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import grpc
 import httpx
 
-from fl_client.tokens import Tokens
+from fl_client.tokens import Tokens, renewed
 from fl_client.wire import fl_pb2 as pb
 from fl_client.wire import fl_pb2_grpc
 from fl_client.wire.chunks import split
@@ -62,10 +62,12 @@ class Tls:
     certificate: Path | None = None  # of this client, where the server wants one
     key: Path | None = None
 
-    def context(self) -> ssl.SSLContext:
-        """Raises ClientError."""
+    def context(self, *, of_issuer: bool = False) -> ssl.SSLContext:
+        """of_issuer: whom this machine believes counts, too: tokens may come from elsewhere. Raises ClientError."""
         try:
             context = ssl.create_default_context(cafile=self.ca)
+            if of_issuer and self.ca:
+                context.load_default_certs()
             if self.certificate:
                 context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as exc:
@@ -157,13 +159,15 @@ class RestApi:
     async def _request(self, method: str, path: str, **content: Any) -> AsyncIterator[httpx.Response]:
         authorization = self._tokens.authorization
         headers = {"Authorization": authorization} if authorization else {}
-        async with _reply(method, self._api_url + path, self._tls, headers=headers, **content) as reply:
+        async with _reply(method, self._api_url + path, self._tls.context(), headers=headers, **content) as reply:
             yield reply
 
 
 @asynccontextmanager
-async def _reply(method: str, url: str, tls: Tls, **content: Any) -> AsyncIterator[httpx.Response]:
-    verify = tls.context()  # over http, too: it may send us on to https
+async def _reply(
+    method: str, url: str, verify: ssl.SSLContext, what: str = "api_url", **content: Any
+) -> AsyncIterator[httpx.Response]:
+    """verify: over http, too: it may send us on to https."""
     try:
         async with (
             httpx.AsyncClient(timeout=_ASK_TIMEOUT_S, follow_redirects=True, mounts=_NO_PROXY, verify=verify) as http,
@@ -171,7 +175,7 @@ async def _reply(method: str, url: str, tls: Tls, **content: Any) -> AsyncIterat
         ):
             yield reply
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
-        raise ClientError(f"api_url: {url!r}: {exc}") from exc
+        raise ClientError(f"{what}: {url!r}: {exc}") from exc
     except httpx.HTTPError as exc:
         if isinstance(exc, httpx.RemoteProtocolError) and "illegal" in str(exc):  # gRPC's port, say
             raise ClientError(f"{url} is no REST API: what answers there speaks no HTTP/1.1") from exc
@@ -179,20 +183,22 @@ async def _reply(method: str, url: str, tls: Tls, **content: Any) -> AsyncIterat
 
 
 async def renew(tokens: Tokens, tls: Tls) -> None:
-    """A new access token, as FEDn's clients get it: POST {"refresh": …} answers {"access": …}."""
-    async with _reply("POST", tokens.refresh_uri, tls, json={"refresh": tokens.refresh}) as reply:
+    """A new access token, as FEDn's clients get it: POST {"refresh": …} answers {"access": …}.
+
+    ClientError: the issuer refuses. Whatever else it answers, it may answer better later: Unreachable.
+    """
+    verify, body = tls.context(of_issuer=True), {"refresh": tokens.refresh}
+    async with _reply("POST", tokens.refresh_uri, verify, "auth_refresh_token_uri", json=body) as reply:
         await reply.aread()
+        if reply.status_code in (400, 401, 403):
+            said = _message(reply).replace(tokens.refresh, "…")
+            raise ClientError(f"{reply.url} answered {reply.status_code}: {said}")
         if reply.status_code not in (200, 201):
-            _expect_200(reply)
-        match _json(reply):
-            case {"access": str(access), **more} if access:
-                refresh = more.get("refresh")
-                try:
-                    tokens.take(access, refresh if isinstance(refresh, str) else "")
-                except ValueError as exc:
-                    raise ClientError(f"{reply.url}: {exc}") from None
-                return
-    raise ClientError(f"{reply.url} answered no access token")
+            raise Unreachable(f"{reply.url} answered {reply.status_code}, and no access token")
+        try:
+            tokens.take(*renewed(_json(reply)))
+        except ValueError as exc:
+            raise Unreachable(f"{reply.url}: {exc}") from None
 
 
 def _expect_200(reply: httpx.Response) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,17 @@ from tests.server.tokens import SECRET, token
 from tests.server.wire_client import WAIT_S, filled
 
 LIFE_S = 3.0
+
+
+NONSENSE: list[Answer] = [
+    *(as_json({}, status) for status in (404, 408, 418, 429, 500, 502, 503, 504)),
+    *(
+        as_json(answer)
+        for answer in ({}, [], None, {"access": ""}, {"access": " "}, {"access": 7}, {"access": "a\x00"})
+    ),
+    (200, "text/html", b"<html>Log in to the hotel's network</html>"),
+    (200, "application/json", b"{"),
+]
 
 
 def issued(life_s: float = LIFE_S) -> str:
@@ -65,13 +77,15 @@ def test_tokens_are_in_no_repr_and_go_together() -> None:
 async def test_a_refresh_that_is_refused_is_the_end_and_one_that_fails_is_not() -> None:
     with answering() as double:
         tokens = tokens_of(double)
-        double.answer = lambda request: as_json({"message": "no"}, 401)
-        with pytest.raises(ClientError) as refused:
-            await renew(tokens, Tls())
-        assert "again" not in str(refused.value)
-        double.answer = lambda request: as_json({}, 503)
-        with pytest.raises(Unreachable):
-            await renew(tokens, Tls())
+        for status in (400, 401, 403):
+            double.answer = lambda request, status=status: as_json({"message": "not for again"}, status)  # type: ignore[misc]
+            with pytest.raises(ClientError, match="not for") as refused:
+                await renew(tokens, Tls())
+            assert "again" not in str(refused.value)
+        for nonsense in NONSENSE:
+            double.answer = lambda request, nonsense=nonsense: nonsense  # type: ignore[misc]
+            with pytest.raises(Unreachable):
+                await renew(tokens, Tls())
         double.answer = lambda request: as_json({"access": "new", "refresh": "next"})
         await renew(tokens, Tls())
     assert (tokens.authorization, tokens.refresh, tokens.count) == ("Bearer new", "next", 1)
@@ -119,6 +133,66 @@ async def test_a_client_goes_on_over_several_tokens_and_keeps_its_task() -> None
             assert offline == [], "it moved from stream to stream, and was never away"
     assert len(trained) == 1
     assert tokens.count >= 4
+
+
+async def test_an_issuer_that_is_away_and_talks_nonsense_costs_no_task() -> None:
+    """It is so until the token has expired, and the server has closed the stream."""
+    trained: list[str] = []
+    renewed = asyncio.Event()
+    nonsense = itertools.cycle(NONSENSE)
+    with issuer(30) as double:
+        life_s = 1.0
+        tokens, back_at = tokens_of(double, issued(life_s)), time.time() + life_s + 0.5
+        well = double.answer
+        double.answer = lambda request: (
+            well(request) if time.time() > back_at and len(double.asked) > 3 else next(nonsense)
+        )
+
+        async def train(parameters: list[np.ndarray], task: Any) -> Any:
+            trained.append(task.task_id)
+            async with asyncio.timeout(WAIT_S):
+                await renewed.wait()
+            return TrainResult(parameters, 1)
+
+        take = tokens.take
+
+        def noted(access: str, refresh: str = "") -> None:
+            take(access, refresh)
+            renewed.set()
+
+        tokens.take = noted  # type: ignore[method-assign]
+        async with Federation(jwt_secret_key=SECRET) as federation:
+            federation.http.headers["Authorization"] = f"Bearer {token('admin', exp=time.time() + 600)}"
+            federation.add_client("a", train=train, token=tokens)
+            await federation.attached(1)
+            session = await federation.run(filled(0), rounds=1)
+    assert (session["status"], len(trained)) == ("Finished", 1)
+
+
+async def test_a_client_whose_issuer_refuses_reports_its_task_and_ends_when_its_token_does() -> None:
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+
+    def refuse(request: Request) -> Answer:
+        loop.call_soon_threadsafe(asked.set)
+        return as_json({"message": "unknown refresh token"}, 401)
+
+    async def train(parameters: list[np.ndarray], task: Any) -> Any:
+        async with asyncio.timeout(WAIT_S):
+            await asked.wait()
+        return TrainResult(parameters, 1)
+
+    with answering() as double:
+        double.answer = refuse
+        async with Federation(jwt_secret_key=SECRET) as federation:
+            federation.http.headers["Authorization"] = f"Bearer {token('admin', exp=time.time() + 600)}"
+            tokens = tokens_of(double, issued(3.0))
+            one = Client(api_url=federation.server.api_url, train=train, client_id="a", token=tokens)
+            async with asyncio.timeout(WAIT_S):
+                ending, session = await asyncio.gather(
+                    one.run(), federation.run(filled(0), rounds=1), return_exceptions=True
+                )
+    assert isinstance(session, dict) and session["status"] == "Finished", session
+    assert isinstance(ending, ClientError) and "unknown refresh token" in str(ending)
 
 
 async def test_a_client_whose_token_expires_for_good_ends() -> None:

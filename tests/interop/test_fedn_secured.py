@@ -1,8 +1,8 @@
 """FEDn 0.33.0 unmodified against a server that wants tokens, over TLS: its client, SDK, APIClient and command line.
 
 FEDn's client sends its token on a secure channel only, and that is the one to port 443, to which clients/add leads it
-by an `fqdn`. A test cannot count on that port, so the client's gRPC goes through an HTTP proxy (`grpc_proxy`) that takes
-fl.example.org:443 to where the server is.
+by an `fqdn`. A test cannot count on that port, so the client's gRPC goes through an HTTP proxy (`grpc_proxy`) that
+takes fl.example.org:443 to where the server is.
 """
 
 from __future__ import annotations
