@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from typing import Any, Literal, cast
 from urllib.parse import quote
 
 import httpx
+
+from fl_client.tokens import Tokens, renewed
 
 Object = dict[str, Any]  # as the server's JSON has it
 Entity = Literal[
@@ -99,21 +101,30 @@ class APIClient:
         port: int | None = None,
         secure: bool = False,
         verify: bool | str = False,
-        token: str | None = None,
+        token: str | Tokens | None = None,
         auth_scheme: str | None = None,
         raise_errors: bool = True,
+        *,
+        client_cert: str | os.PathLike[str] | None = None,
+        client_key: str | os.PathLike[str] | None = None,
     ) -> None:
-        """host: may have a path. secure: https. verify: the server's certificate; a path: by this CA. token: else
-        FL_TOKEN, FL_AUTH_TOKEN or FEDN_AUTH_TOKEN. raise_errors=False: FEDn's way, the server's JSON is returned
-        whatever its status.
+        """host: may have a path. secure: https. verify: the server's certificate (FEDn's default does not); a path: by
+        this CA. token: else FL_TOKEN, FL_AUTH_TOKEN or FEDN_AUTH_TOKEN; with FL_AUTH_REFRESH_TOKEN and
+        FL_AUTH_REFRESH_TOKEN_URI it is renewed before it expires. raise_errors=False: FEDn's way, the server's JSON is
+        returned whatever its status. client_cert, client_key: PEM, where the server wants one of its callers.
 
-        Raises ValueError if host, port or token cannot be sent.
+        Raises ValueError if host, port or token cannot be sent, OSError if a file cannot be used.
         """
         self.base_url = _base_url(host, port, secure)
         self._raise_errors = raise_errors
+        trust = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
+        if not verify:
+            trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
+        if client_cert:
+            trust.load_cert_chain(client_cert, client_key)
         self._http = httpx.Client(
-            headers=_authorization(token, auth_scheme),
-            verify=ssl.create_default_context(cafile=verify) if isinstance(verify, str) else verify,
+            auth=_Bearer(_tokens(token, auth_scheme), ca=verify if isinstance(verify, str) else None),
+            verify=trust,
             follow_redirects=True,
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             limits=httpx.Limits(max_keepalive_connections=0),  # nothing to close, and no stale connection to trip over
@@ -532,11 +543,15 @@ class APIClient:
     def _batches(self, after: int | None, until: float = math.inf) -> Iterator[list[ServerEvent]]:
         """Over lost connections, ending at `until` (monotonic). Empty ones are the server's signs of life."""
         pauses_s: Iterator[float] = iter(())  # the first connection must succeed
+
+        def greeted() -> None:
+            nonlocal pauses_s
+            pauses_s = iter(RECONNECT_PAUSES_S)
+
         while (left_s := until - time.monotonic()) > 0:
             lost = APIError(f"{self.base_url}: the server ended its stream of events")
             try:
-                for batch in self._connection(after, min(left_s, SILENCE_S)):
-                    pauses_s = iter(RECONNECT_PAUSES_S)
+                for batch in self._connection(after, min(left_s, SILENCE_S), greeted):
                     after = batch[-1].id if batch else after
                     yield batch
                     if until < math.inf and not batch:
@@ -554,14 +569,16 @@ class APIClient:
     def _kept(self, after: int) -> Iterator[list[ServerEvent]]:
         until = time.monotonic() + KEPT_S
         try:
-            for batch in self._connection(after, KEPT_SILENCE_S):
+            for batch in self._connection(after, KEPT_SILENCE_S, lambda: None):
                 yield batch
                 if time.monotonic() > until:
                     return
         except httpx.ReadTimeout:
             return
 
-    def _connection(self, after: int | None, silence_s: float) -> Iterator[list[ServerEvent]]:
+    def _connection(
+        self, after: int | None, silence_s: float, greeted: Callable[[], None]
+    ) -> Iterator[list[ServerEvent]]:
         """Raises httpx.ReadTimeout after so long a silence. The greeting is left out."""
         parser = EventParser()
         params = {} if after is None else {"after": after}
@@ -572,6 +589,7 @@ class APIClient:
                     _no_api(reply) if reply.is_success else APIError(_words(reply, _decoded(reply)), reply.status_code)
                 )
             for number, chunk in enumerate(reply.iter_bytes()):
+                greeted()
                 batch = parser.feed(chunk)
                 if batch or number > 0:
                     yield batch
@@ -653,17 +671,65 @@ def _base_url(host: str, port: int | None, secure: bool) -> str:
     return str(url).rstrip("/")
 
 
-def _authorization(token: str | None, scheme: str | None) -> dict[str, str]:
-    variables = ("FL_TOKEN", "FL_AUTH_TOKEN", "FEDN_AUTH_TOKEN")
-    token = token or next(filter(None, map(os.environ.get, variables)), "")
-    scheme = scheme or os.environ.get("FL_AUTH_SCHEME") or os.environ.get("FEDN_AUTH_SCHEME") or "Bearer"
-    words = token.split()
-    if not words:
-        return {}
-    value = f"{scheme} {words[1] if len(words) > 1 else words[0]}"  # "Bearer abc" is understood, as FEDn does
-    if not (value.isascii() and value.isprintable()):
-        raise ValueError("token: it has characters that cannot be sent")
-    return {"Authorization": value}
+def _tokens(token: str | Tokens | None, scheme: str | None) -> Tokens:
+    if isinstance(token, Tokens):
+        return token
+    token = token or _variable("FL_TOKEN", "FL_AUTH_TOKEN", "FEDN_AUTH_TOKEN")
+    return Tokens(
+        token,
+        scheme=scheme or _variable("FL_AUTH_SCHEME", "FEDN_AUTH_SCHEME") or "Bearer",
+        refresh=_variable("FL_AUTH_REFRESH_TOKEN", "FEDN_AUTH_REFRESH_TOKEN"),
+        refresh_uri=_variable("FL_AUTH_REFRESH_TOKEN_URI", "FEDN_AUTH_REFRESH_TOKEN_URI"),
+    )
+
+
+def _variable(*names: str) -> str:
+    """The first that is set."""
+    return next(filter(None, map(os.environ.get, names)), "")
+
+
+class _Bearer(httpx.Auth):
+    """Shows the newest token. A new one is fetched when it is due; and once for a request, when it is refused."""
+
+    def __init__(self, tokens: Tokens, ca: str | None) -> None:
+        self._tokens, self._ca = tokens, ca
+        self._renewing = threading.Lock()
+
+    def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        tokens = self._tokens
+        if tokens.renewable and not tokens.due_in_s():
+            try:
+                self._renew(tokens.count)
+            except APIError:
+                if not tokens.authorization:
+                    raise  # else the one that we have may still be good
+        shown = tokens.count
+        if authorization := tokens.authorization:
+            request.headers["Authorization"] = authorization
+        reply = yield request
+        if reply.status_code == 401 and tokens.renewable:
+            self._renew(shown)
+            request.headers["Authorization"] = tokens.authorization
+            yield request
+
+    def _renew(self, shown: int) -> None:
+        """A token that is newer than that; another thread may have fetched it."""
+        tokens = self._tokens
+        with self._renewing:
+            if tokens.count > shown:
+                return
+            trust = ssl.create_default_context()
+            if self._ca:
+                trust.load_verify_locations(self._ca)
+            try:
+                reply = httpx.post(
+                    tokens.refresh_uri, json={"refresh": tokens.refresh}, verify=trust, timeout=CONNECT_S
+                )
+                if reply.status_code not in (200, 201):
+                    raise ValueError(f"status {reply.status_code}")
+                tokens.take(*renewed(reply.json()))
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError) as exc:
+                raise APIError(f"no new access token from {tokens.refresh_uri}: {exc}", 401) from exc
 
 
 def _path(entity: Entity, id: str) -> str:

@@ -243,6 +243,8 @@ def join(
     tls_ca: Annotated[
         Path | None, _said("--tls-ca", help="PEM of the CA that signed the server's certificates.")
     ] = None,
+    tls_cert: Annotated[Path | None, _said("--tls-cert", help="PEM to show, where the server wants one.")] = None,
+    tls_key: Annotated[Path | None, _said("--tls-key", help="Its private key.")] = None,
     helper_type: Annotated[
         str | None, _said("--helper-type", "--helper_type", "-hp", help="Told to the entry points as FL_HELPER_TYPE.")
     ] = None,
@@ -267,7 +269,8 @@ def join(
 
     Waits for a server that is not there. Options come from the command line, else from --init, else from FL_API_URL,
     FL_TOKEN, FL_CLIENT_ID and so on (FEDN_AUTH_TOKEN, FEDN_AUTH_SCHEME and FEDN_PACKAGE_EXTRACT_DIR, too). With
-    FL_AUTH_REFRESH_TOKEN and FL_AUTH_REFRESH_TOKEN_URI the token is renewed before it expires.
+    FL_AUTH_REFRESH_TOKEN and FL_AUTH_REFRESH_TOKEN_URI the token is renewed before it expires. --tls-cert and --tls-key
+    are FL_CLIENT_CERT and FL_CLIENT_KEY.
 
     Example: flclient join --api-url http://localhost:8092 --name client1
 
@@ -278,6 +281,8 @@ def join(
         api_port=api_port,
         token=token,
         tls_ca=tls_ca,
+        client_cert=tls_cert,
+        client_key=tls_key,
         name=name,
         client_id=client_id,
         preferred_combiner=preferred_combiner,

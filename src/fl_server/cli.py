@@ -162,13 +162,14 @@ def create(
     client_id: Annotated[str | None, _option("The one client that may use it.")] = None,
     expires: Annotated[str, typer.Option(help="A number with s, m, h or d.")] = "30d",
     config: Annotated[Path | None, _option("Settings in TOML, as of `flserve up`.")] = None,
+    format: Annotated[Format, typer.Option(help="table: the token alone; json: one object.")] = Format.TABLE,
 ) -> None:
     """Sign a token with the server's secret (FL_JWT_SECRET_KEY), and print it: for those without an issuer.
 
     Example: flserve token create --role client --client-id hospital-a --expires 30d
     """
     from fl_server.app import gate
-    from fl_server.auth import Role
+    from fl_server.auth import LEEWAY_S, Role
     from fl_server.errors import Invalid
     from fl_server.settings import Settings
 
@@ -180,9 +181,14 @@ def create(
         entry = gate(Settings.load(config, {}))
         if entry is None:
             raise Invalid("jwt_secret_key: not set; FL_JWT_SECRET_KEY is what the server verifies with")
-        typer.echo(entry.verifier.sign(Role(role), client_id=client_id, lifetime_s=_seconds("--expires", expires)))
+        token = entry.verifier.sign(Role(role), client_id=client_id, lifetime_s=_seconds("--expires", expires))
     except Invalid as wrong:
         raise fail(wrong, Exit.USAGE) from None
+    if format is Format.JSON:
+        expires_at = entry.verifier.verify(f"{entry.verifier.schemes[0]} {token}").expires_at - LEEWAY_S
+        commands.print_json({"token": token, "role": role, "client_id": client_id, "expires_at": int(expires_at)})
+    else:
+        typer.echo(token)
 
 
 def _seconds(option: str, text: str) -> float:

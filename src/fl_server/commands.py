@@ -6,13 +6,15 @@ Thin: they ask through fl_client's APIClient and print. What cannot be done is o
 
 from __future__ import annotations
 
+import inspect
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,21 +60,72 @@ def fail(why: object, code: Exit = Exit.REFUSED) -> typer.Exit:
     return typer.Exit(code)
 
 
+@dataclass(frozen=True, slots=True)
+class _Trust:
+    """Whom a command believes, and what it shows of itself: files in PEM."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+_trust: ContextVar[_Trust] = ContextVar("trust")
+_TRUST_OPTIONS = {
+    "tls_ca": Annotated[
+        Path | None, typer.Option(envvar="FL_TLS_CA", help="PEM of the CA that signed the server's certificate.")
+    ],
+    "tls_cert": Annotated[
+        Path | None, typer.Option(envvar="FL_CLIENT_CERT", help="PEM to show, where the server wants one.")
+    ],
+    "tls_key": Annotated[Path | None, typer.Option(envvar="FL_CLIENT_KEY", help="Its private key.")],
+}
+
+
+def asking(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of TLS, which server() finds."""
+
+    @wraps(command)
+    def wrapped(*, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, **given: Any) -> None:
+        before = _trust.set(_Trust(tls_ca, tls_cert, tls_key))
+        try:
+            command(**given)
+        finally:
+            _trust.reset(before)
+
+    as_written = inspect.signature(command, eval_str=True)
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in _TRUST_OPTIONS.items()
+    ]
+    wrapped.__signature__ = as_written.replace(parameters=[*as_written.parameters.values(), *more])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {**command.__annotations__, **_TRUST_OPTIONS}
+    return wrapped
+
+
 @contextmanager
 def server(api_url: str, token: str | None) -> Iterator[fl_client.APIClient]:
     """What goes wrong inside ends the command with one line and the exit code for it."""
     scheme, marked, host = api_url.rpartition("://")
     if marked and scheme not in ("http", "https"):
         raise fail(f"--api-url: {api_url}: http:// or https:// needed", Exit.USAGE)
+    trust = _trust.get(_Trust())
     try:
-        verify = (os.environ.get("FL_TLS_CA") or True) if scheme == "https" else False
-        yield fl_client.APIClient(host, secure=scheme == "https", verify=verify, token=token)
+        verify = (str(trust.ca) if trust.ca else True) if scheme == "https" else False
+        yield fl_client.APIClient(
+            host,
+            secure=scheme == "https",
+            verify=verify,
+            token=token,
+            client_cert=trust.certificate,
+            client_key=trust.key,
+        )
     except fl_client.APIError as exc:
         raise fail(exc, Exit.NO_SERVER if exc.status_code is None else Exit.REFUSED) from None
     except BrokenPipeError:
         raise
     except OSError as exc:
-        raise fail(f"{exc.filename}: {exc.strerror}", Exit.USAGE) from None
+        where = exc.filename or ", ".join(str(path) for path in (trust.ca, trust.certificate, trust.key) if path)
+        raise fail(f"{where}: {exc.strerror or exc}", Exit.USAGE) from None
     except ValueError as exc:
         raise fail(exc, Exit.USAGE) from None
 
@@ -362,6 +415,7 @@ def stop_session(
     _answer(format, stopped, f"session {id} is {stopped['status']}")
 
 
+@asking
 def explain(
     session: Annotated[str | None, typer.Argument(help="Session id. [default: the newest]")] = None,
     api_url: ApiUrl = DEFAULT_URL,
@@ -479,6 +533,7 @@ def activate_package(
 # ---- events
 
 
+@asking
 def events(
     follow: Annotated[bool, typer.Option("--follow", help="Go on with what happens, until Ctrl-C.")] = False,
     after: Annotated[int | None, typer.Option(min=0, help="Only events after this id.", show_default=False)] = None,
@@ -499,3 +554,9 @@ def events(
             at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.data["at"]))
             told = " ".join(f"{name}={_cell(value)}" for name, value in facts.items())
             typer.echo(f"{at}  {event.id}  {event.kind.ljust(10)}  {told}")
+
+
+for _group_of_commands in GROUPS.values():
+    for _command in _group_of_commands.registered_commands:
+        assert _command.callback is not None
+        _command.callback = asking(_command.callback)

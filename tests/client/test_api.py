@@ -10,6 +10,7 @@ import json
 import re
 import tarfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -20,8 +21,14 @@ import pytest
 
 from fl_client import APIClient, APIError, TrainResult
 from fl_client.api import EventParser
+from fl_client.tokens import Tokens
+from fl_server.app import serving
+from fl_server.settings import Settings
 from fl_server.testing import Federation, ServerProcess
-from tests.client.api_double import Double, answering, as_json
+from fl_server.tls import private_certificates
+from tests.client.api_double import Answer, Double, Request, answering, as_json
+from tests.server.cli_runner import run
+from tests.server.tokens import SECRET, token
 
 WAIT_S = 60.0
 P = ParamSpec("P")
@@ -673,3 +680,117 @@ async def test_events_go_on_over_a_restart_of_the_server(tmp_path: Path) -> None
         second = (await ask(api.set_active_model, tmp_path / "seed.npz"))["model_id"]
         assert (await following).data["model_id"] == second
         events.close()
+
+
+# ---- tokens that are renewed, and certificates
+
+
+def renewing(issuer: Double, access: str = "") -> Tokens:
+    return Tokens(access, refresh="again", refresh_uri=f"http://127.0.0.1:{issuer.port}/refresh")
+
+
+async def test_it_gets_a_new_token_before_the_old_one_expires_and_when_one_is_refused() -> None:
+    wrong = token("admin", key="another secret, which is long", exp=time.time() + 600)
+    due = token("admin", exp=time.time() + 0.1)
+    for first in ("", due, wrong):
+        with answering() as issuer:
+            issuer.answer = lambda request: as_json({"access": token("admin", exp=time.time() + 600)})
+            async with Federation(jwt_secret_key=SECRET) as federation:
+                api = APIClient(federation.server.api_url, token=renewing(issuer, first))
+                pages = [await asyncio.to_thread(api.get_clients) for _ in range(3)]
+            assert [page["count"] for page in pages] == [0, 0, 0]
+            assert [request.json for request in issuer.asked] == [{"refresh": "again"}]
+
+
+async def test_a_model_is_sent_again_whole_when_its_token_was_refused(tmp_path: Path) -> None:
+    file = tmp_path / "seed.npz"
+    np.savez(file, **{"0": np.zeros(1000)})
+    wrong = token("admin", key="another secret, which is long", exp=time.time() + 600)
+    with answering() as issuer:
+        issuer.answer = lambda request: as_json({"access": token("admin", exp=time.time() + 600)})
+        async with Federation(jwt_secret_key=SECRET) as federation:
+            api = APIClient(federation.server.api_url, token=renewing(issuer, wrong))
+            with file.open("rb") as sent:
+                added = await asyncio.to_thread(
+                    lambda: api._upload("/api/v1/models/", ("seed.npz", sent), {"helper": "numpyhelper"})
+                )
+            await asyncio.to_thread(api.download_model, added["model_id"], tmp_path / "got.npz")
+    with np.load(tmp_path / "got.npz") as got:
+        assert [array.tolist() for array in got.values()] == [[0.0] * 1000]
+
+
+async def test_events_go_on_over_the_end_of_a_token() -> None:
+    """Before which nothing has happened."""
+    loop, renewed = asyncio.get_running_loop(), asyncio.Event()
+    away = iter([as_json({}, 503)])  # at first, so that the stream begins with a token that is good for another second
+
+    def answer(request: Request) -> Answer:
+        if (refusal := next(away, None)) is not None:
+            return refusal
+        loop.call_soon_threadsafe(renewed.set)
+        return as_json({"access": token("admin", exp=time.time() + 600)})
+
+    with answering() as issuer:
+        issuer.answer = answer
+        async with Federation(jwt_secret_key=SECRET) as federation:
+            api = APIClient(federation.server.api_url, token=renewing(issuer, token("admin", exp=time.time() - 4)))
+            reading = asyncio.ensure_future(asyncio.to_thread(next, api.events(0)))
+            await federation.until(renewed.wait())
+            federation.add_client("a", train=unchanged, token=token("client", sub="a"))
+            event = await federation.until(reading)
+    assert (event.kind, event.data["client_id"]) == ("client", "a")
+
+
+def unchanged(parameters: Any, task: Any) -> Any:
+    return TrainResult(parameters, 1)
+
+
+def test_an_issuer_that_is_away_ends_nothing_while_the_old_token_is_good(double: Double) -> None:
+    with answering() as issuer:
+        issuer.answer = lambda request: (200, "text/html", b"<html>")
+        due = token("admin", exp=time.time() + 0.1)
+        api = client_of(double, token=renewing(issuer, due))
+        double.answer = lambda request: as_json(PAGE)
+        api.get_clients()
+        assert double.asked[0].headers["authorization"] == f"Bearer {due}"
+        double.answer = lambda request: as_json({"message": "Token expired"}, 401)
+        with pytest.raises(APIError, match="no new access token from http") as failed:
+            api.get_clients()
+    assert failed.value.status_code == 401
+    assert "again" not in str(failed.value) and due not in str(failed.value)
+
+
+def test_the_issuer_is_found_in_the_environment(double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering() as issuer:
+        issuer.answer = lambda request: as_json({"access": "new"})
+        double.answer = lambda request: as_json(PAGE)
+        monkeypatch.setenv("FEDN_AUTH_REFRESH_TOKEN", "again")
+        monkeypatch.setenv("FEDN_AUTH_REFRESH_TOKEN_URI", f"http://127.0.0.1:{issuer.port}/refresh")
+        monkeypatch.setenv("FEDN_AUTH_SCHEME", "Token")
+        client_of(double).get_clients()
+    assert double.asked[0].headers["authorization"] == "Token new"
+
+
+async def test_it_shows_a_certificate_where_the_server_wants_one(tmp_path: Path) -> None:
+    made, theirs = (private_certificates(tmp_path / name, []) for name in ("server", "client"))
+    settings = {"tls_cert": made.certificate, "tls_key": made.key, "tls_client_ca": theirs.ca}
+    given = {"api_port": 0, "grpc_port": 0, "data_dir": tmp_path / "data", **settings}
+    async with serving(Settings.load(None, given)) as server:
+
+        def asked(**more: Any) -> int:
+            where = server.api_url.removeprefix("https://")
+            return APIClient(where, secure=True, verify=str(made.ca), **more).get_clients_count()
+
+        shown = {"client_cert": theirs.certificate, "client_key": theirs.key}
+        assert await asyncio.to_thread(lambda: asked(**shown)) == 0
+        with pytest.raises(APIError, match="no server answers"):
+            await asyncio.to_thread(asked)
+        # and the command line
+        command = ("model", "list", "--tls-ca", str(made.ca))
+        pair = ("--tls-cert", str(theirs.certificate), "--tls-key", str(theirs.key))
+        assert (await asyncio.to_thread(lambda: run(*command, *pair, api_url=server.api_url))).code == 0
+        assert (await asyncio.to_thread(lambda: run(*command, api_url=server.api_url))).code == 3
+        missing = ("--tls-cert", str(tmp_path / "none.pem"))
+        said = await asyncio.to_thread(lambda: run(*command, *missing, api_url=server.api_url))
+        assert (said.code, len(said.err.splitlines())) == (2, 1)
+        assert "none.pem" in said.err

@@ -54,7 +54,8 @@ def test_every_command_has_a_help_text_with_an_example_that_begins_as_it_is_call
     assert said.code == 0
     (example,) = [line for line in said.out.splitlines() if "Example:" in line]
     assert f"flserve {' '.join(path)}" in example or path == ("settings",)
-    assert all(option in said.out for option in ("--api-url", "--token", "--format") if path in AGAINST_A_SERVER)
+    common = ("--api-url", "--token", "--format", "--tls-ca", "--tls-cert", "--tls-key", "The server's REST address.")
+    assert all(option in said.out for option in common if path in AGAINST_A_SERVER)
 
 
 def test_the_help_text_says_the_exit_codes() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import httpx
@@ -35,6 +37,7 @@ def test_it_does_not_listen_beyond_this_machine_without_authentication(host: str
     ("variable", "value", "said"),
     [
         ("FL_JWT_ALGORITHM", "none", "jwt_algorithm: 'none' is not supported"),
+        ("FL_JWT_SECRET_KEY", "short", "jwt_secret_key: shorter than 16 bytes"),
         ("FL_JWT_ALGORITHM", "RS256", "jwt_secret_key: no public key in PEM for RS256"),
         ("FL_JWT_CUSTOM_CLAIM_KEY", "x", "jwt_custom_claim_key: "),
         ("FL_AUTH_SCHEME", "two words", "auth_scheme: "),
@@ -44,7 +47,8 @@ def test_it_does_not_listen_beyond_this_machine_without_authentication(host: str
 def test_what_cannot_be_verified_with_is_refused_at_the_start(
     variable: str, value: str, said: str, tmp_path: Path
 ) -> None:
-    code, out, err = flserve("up", "--data-dir", str(tmp_path), FL_JWT_SECRET_KEY=SECRET, **{variable: value})
+    environment = {"FL_JWT_SECRET_KEY": SECRET, variable: value}
+    code, out, err = flserve("up", "--data-dir", str(tmp_path), **environment)
     assert (code, out) == (2, "")
     assert err.startswith(f"flserve: {said}")
     assert SECRET not in err
@@ -91,6 +95,17 @@ def test_a_created_token_is_good_for_the_server_of_the_same_settings() -> None:
     assert (code, err) == (0, "")
     said = Verifier.of(SECRET).verify(f"Bearer {out.strip()}")
     assert (said.role, said.client_id) == (Role.CLIENT, "hospital-a")
+
+
+def test_a_created_token_lasts_as_long_as_was_said_and_comes_as_json_too() -> None:
+    for expires, lasts_s in (("30s", 30), ("5m", 300), ("2h", 7200), ("30d", 30 * 86_400), ("", 30 * 86_400)):
+        arguments = ["--role", "admin", "--format", "json", *(["--expires", expires] if expires else [])]
+        before = time.time()
+        code, out, err = flserve("token", "create", *arguments, FL_JWT_SECRET_KEY=SECRET, FL_AUTH_SCHEME="Token")
+        said = json.loads(out)
+        assert (code, err, said["role"], said["client_id"]) == (0, "", "admin", None)
+        assert before + lasts_s <= said["expires_at"] <= time.time() + lasts_s + 1
+        assert Verifier.of(SECRET).verify(f"Bearer {said['token']}").role is Role.ADMIN
 
 
 @pytest.mark.parametrize(
