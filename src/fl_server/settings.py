@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     max_clients: Count = Field(20_000, description="attached at a time; more are told to come again")
     max_streams_per_peer: Count = Field(10_000, description="task streams of one address; more are told to come again")
     store_patience_s: Seconds = Field(30.0, description="a call waits so long for a store that is away")
-    download_cache_bytes: Bytes = Field(512 * 2**20, description="models kept ready for download")
+    download_cache_bytes: Bytes = Field(128 * 2**20, description="models kept ready for download")
     grpc_upload_window: Literal["small", "auto"] = Field(
         "small", description="auto: faster for one far client (51 against 16 MB/s at 50 ms), but 4 times the memory"
     )

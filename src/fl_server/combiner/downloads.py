@@ -62,8 +62,6 @@ class Downloads:
             self._forget(model_id, loaded)
         elif (kept := self._kept.get(model_id)) and kept[0] is loaded:
             self._kept[model_id] = (loaded, size_bytes)
-            while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > self._kept_bytes:
-                self._kept.popitem(last=False)
         return messages
 
     async def _load(self, model_id: str) -> tuple[list[bytes] | None, int]:
@@ -74,6 +72,9 @@ class Downloads:
             raise Missing(f"no model {model_id}")
         if size_bytes > self._kept_bytes:
             return None, size_bytes
+        while sum(size for _, size in self._kept.values()) + size_bytes > self._kept_bytes:
+            oldest = next(id for id, (_, size) in self._kept.items() if size)
+            del self._kept[oldest]  # before the new one takes memory, too
         path = await scheduler.insist(scheduler.models.local, model_id)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._disk, _read_messages, path, model_id), size_bytes
