@@ -112,8 +112,8 @@ class Client:
     ) -> None:
         """api_url: asked for a combiner; or combiner: "host:port", where there is no REST API. Raises ClientError.
 
-        token: Tokens are renewed before they expire; auth_scheme is that of a text. tls: with a CA, a combiner without
-        a REST API is dialled over TLS.
+        token: Tokens are renewed before they expire; auth_scheme is that of a text. tls: with a CA or a certificate, a
+        combiner without a REST API is dialled over TLS.
         """
         if bool(api_url) == bool(combiner):
             raise ClientError("either api_url or combiner is needed")
@@ -123,7 +123,7 @@ class Client:
             raise ClientError(f"client_id: {self.client_id!r} is not printable ASCII, which gRPC needs")
         self._tls = tls or Tls()
         self._combiner = Assignment.parse(combiner) if combiner else None
-        if self._combiner and self._tls.ca:
+        if self._combiner and (self._tls.ca or self._tls.certificate):
             self._combiner = replace(self._combiner, tls=True)
         try:
             self._tokens = token if isinstance(token, Tokens) else Tokens(token, scheme=auth_scheme)

@@ -264,6 +264,8 @@ def say_who_may_call(settings: Settings) -> None:
             "gRPC is plaintext: tokens can be read on the way, and FEDn's own client sends none there and is refused; "
             "tls_cert, or grpc_trusted_proxy where a proxy ends TLS"
         )
+    elif settings.grpc_port != 443 and not settings.grpc_trusted_proxy:
+        logger.info("FEDn's own client uses TLS on port 443 alone: grpc_port, or grpc_trusted_proxy")
 
 
 @asynccontextmanager

@@ -19,8 +19,13 @@ from typer.testing import CliRunner
 
 from fl_client import cli
 from fl_client.cli import JoinOptions
+from fl_server.app import serving
+from fl_server.settings import Settings
+from fl_server.tls import private_certificates
+from tests.client.api_double import answering, as_json
 from tests.client.flclient_process import COMMAND, clean_environment, flclient
 from tests.client.server_double import Combiner
+from tests.server.tokens import SECRET, token
 
 LOCAL = ("--local-package", "--combiner", "127.0.0.1", "--combiner-port", "1")
 COPY = """cp "$1" "$2"; echo '{"num_examples": 3}' > "$2-metadata" """
@@ -305,3 +310,28 @@ def test_what_is_wrong_with_a_package_is_one_line_and_nothing_is_written(
     (here / "seed.npz").touch()
     one_line(invoke("package", *arguments), code, message)
     assert {path.name for path in here.iterdir()} <= {"client", "empty", "seed.npz", "cache"}
+
+
+# ---- certificates and an issuer
+
+
+async def test_it_joins_with_a_certificate_and_the_issuers_first_token(tmp_path: Path) -> None:
+    made, theirs = (private_certificates(tmp_path / name, []) for name in ("server", "device"))
+    settings = {"tls_cert": made.certificate, "tls_key": made.key, "tls_client_ca": theirs.ca, "jwt_secret_key": SECRET}
+    given = {"api_port": 0, "grpc_port": 0, "data_dir": tmp_path / "data", **settings}
+    make_client(tmp_path, train=COPY)
+    with answering() as issuer:
+        issuer.answer = lambda request: as_json({"access": token("client", sub="a")})
+        refresh = {
+            "FEDN_AUTH_REFRESH_TOKEN": "again",
+            "FL_AUTH_REFRESH_TOKEN_URI": f"http://127.0.0.1:{issuer.port}/refresh",
+        }
+        async with serving(Settings.load(None, given)) as server:
+            who = ("join", "--local-package", "--client-id", "a", "--tls-ca", made.ca)
+            shown = ("--tls-cert", theirs.certificate, "--tls-key", theirs.key)
+            where = ("--combiner", "localhost", "--combiner-port", server.grpc_port)
+            for at in (("--api-url", server.api_url), where):
+                async with flclient(*who, *shown, *at, cwd=tmp_path, **refresh) as client:
+                    await client.said("attached to combiner")
+            async with flclient(*who, "--api-url", server.api_url, cwd=tmp_path, **refresh) as client:
+                await client.said("waiting for the server")

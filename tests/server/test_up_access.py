@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from typer.testing import CliRunner
 
+from fl_server.app import say_who_may_call
 from fl_server.auth import Role, Verifier
 from fl_server.cli import app
+from fl_server.settings import Settings
 from fl_server.testing import ServerProcess
 from tests.server.tokens import SECRET, bad_headers, key_pair
 
@@ -84,6 +88,27 @@ async def test_with_a_secret_nobody_gets_in_without_a_token_and_no_secret_is_log
     assert "FEDn's own client sends none there" in log
     for secret in (SECRET, *(word for word in sent if len(word) > 40)):
         assert secret not in log
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, ["authentication is on", "gRPC is plaintext"]),
+        ({"tls": "auto"}, ["authentication is on", "FEDn's own client uses TLS on port 443 alone"]),
+        ({"tls": "auto", "grpc_port": 443}, ["authentication is on"]),
+        ({"grpc_trusted_proxy": "fl.example.org"}, ["authentication is on"]),
+        ({"jwt_secret_key": "sixteen bytes it is"}, ["authentication is on", "jwt_secret_key is short", "gRPC is"]),
+        ({"jwt_secret_key": ""}, ["authentication is off"]),
+    ],
+)
+def test_the_start_says_what_callers_meet(
+    settings: dict[str, Any], said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    say_who_may_call(Settings.load(None, {"jwt_secret_key": SECRET, **settings}))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
 
 
 # ---- token create
