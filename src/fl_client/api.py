@@ -47,7 +47,6 @@ CONNECT_S = 10.0
 ANSWER_S = 60.0  # twice what the server itself waits for its store
 UPLOAD_ANSWER_S = 600.0  # a large model is checked before it is answered for
 SILENCE_S = 45.0  # of a stream of events; the server gives a sign of life every 15 s
-KEPT_SILENCE_S, KEPT_S = 1.0, 5.0  # events without follow: what is kept comes at once
 RECONNECT_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)  # a server that restarts is back by then
 
 ENDED = ("Finished", "Failed", "Terminated")  # a session's status
@@ -567,21 +566,19 @@ class APIClient:
                 threading.Event().wait(min(pause_s, left_s))
 
     def _kept(self, after: int) -> Iterator[list[ServerEvent]]:
-        until = time.monotonic() + KEPT_S
         try:
-            for batch in self._connection(after, KEPT_SILENCE_S, lambda: None):
-                yield batch
-                if time.monotonic() > until:
-                    return
+            yield from self._connection(after, SILENCE_S, lambda: None, follow=False)
         except httpx.ReadTimeout:
-            return
+            raise APIError(f"{self.base_url}: silent for {SILENCE_S:.0f} s in the midst of its events") from None
 
     def _connection(
-        self, after: int | None, silence_s: float, greeted: Callable[[], None]
+        self, after: int | None, silence_s: float, greeted: Callable[[], None], *, follow: bool = True
     ) -> Iterator[list[ServerEvent]]:
         """Raises httpx.ReadTimeout after so long a silence. The greeting is left out."""
         parser = EventParser()
-        params = {} if after is None else {"after": after}
+        params: dict[str, int | str] = {} if after is None else {"after": after}
+        if not follow:
+            params["follow"] = "false"
         timeout = httpx.Timeout(silence_s, connect=CONNECT_S)
         with self._stream("/api/v1/events/", params=params, timeout=timeout) as reply:
             if reply.is_error or not reply.headers.get("content-type", "").startswith("text/event-stream"):

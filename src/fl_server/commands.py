@@ -478,7 +478,9 @@ def download_model(
 @GROUPS["model"].command("trail")
 def model_trail(
     id: Annotated[str | None, typer.Argument(help="As `list` shows it. [default: the newest]")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ancestors at most.", show_default="all")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Models at most, the newest ones.", show_default="all")
+    ] = None,
     api_url: ApiUrl = DEFAULT_URL,
     token: Token = None,
     format: OutputFormat = Format.TABLE,
@@ -488,7 +490,7 @@ def model_trail(
     Example: flserve model trail
     """
     with server(api_url, token) as api:
-        trail = api.get_model_trail(id, n_max=limit)
+        trail = api.get_model_trail(id, n_max=limit)[-(limit or 0) :]  # FEDn's limit leaves the model itself out
     print_json(trail) if format is Format.JSON else print_table(LISTINGS["model"].columns, trail)
 
 

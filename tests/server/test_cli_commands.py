@@ -259,6 +259,17 @@ async def test_models_come_and_go_whole(federation: Federation, seed: Path, tmp_
     assert [model["model_id"] for model in await flserve.json("model", "trail", model_id, "--limit", 1)] == [model_id]
 
 
+async def test_a_trail_has_as_many_models_as_its_limit_the_newest_ones_last(federation: Federation) -> None:
+    federation.add_client("c", train=plus_one)
+    session = await federation.run([np.zeros(2)], rounds=3)
+    flserve = terminal_of(federation)
+    trail = [model["model_id"] for model in await flserve.json("model", "trail")]
+    assert (len(trail), trail[-1]) == (4, session["session_config"]["model_id"])
+    for limit in range(1, 6):
+        limited = await flserve.json("model", "trail", "--limit", limit)
+        assert [model["model_id"] for model in limited] == trail[-limit:]
+
+
 async def test_a_file_that_is_no_model_or_cannot_be_written_leaves_nothing(
     federation: Federation, seed: Path, tmp_path: Path
 ) -> None:

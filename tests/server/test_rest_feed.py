@@ -38,11 +38,11 @@ class Reader:
 
 
 @asynccontextmanager
-async def reading(feed: Feed, after: int | None = None) -> AsyncIterator[Reader]:
+async def reading(feed: Feed, after: int | None = None, *, follow: bool = True) -> AsyncIterator[Reader]:
     """Leaves when the stream has ended."""
     reader = Reader()
     async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
-        stream = EventStream(feed, after)
+        stream = EventStream(feed, after, follow)
         tasks.create_task(stream({"type": "http"}, reader.receive, reader.send))
         start = await reader.sent.get()
         assert (b"content-type", b"text/event-stream; charset=utf-8") in start["headers"]
@@ -107,6 +107,16 @@ async def test_the_stream_ends_when_the_server_stops() -> None:
         feed.close()
         assert (await reader.text()).startswith("id: 1500000\n")
     assert (await reader.sent.get()) == {"type": "http.response.body", "body": b""}
+
+
+async def test_a_stream_that_is_not_to_follow_ends_after_what_is_kept() -> None:
+    feed = Feed(lambda: 1.0)
+    feed.tell("model", model_id="a")
+    async with reading(feed, 0, follow=False) as reader:
+        assert "event: model" in await reader.text()
+        assert await reader.text() == "", "the end"
+    async with reading(feed, follow=False) as reader:
+        assert await reader.text() == "", "the end"
 
 
 async def test_a_silent_stream_is_kept_open_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:

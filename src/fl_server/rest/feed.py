@@ -1,7 +1,7 @@
 """What happens on the server as server-sent events (WHATWG HTML, 9.2).
 
-Ends when the reader leaves or the server stops; a reader that comes again with Last-Event-ID misses nothing that the
-feed still holds.
+Ends when the reader leaves or the server stops, or, without `follow`, when all that is kept was told; a reader that
+comes again with Last-Event-ID misses nothing that the feed still holds.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ def routes(feed: Feed) -> APIRouter:
     async def watch(
         last_event_id: Annotated[int | None, Header(le=MAX_EVENT_ID)] = None,
         after: Annotated[int | None, Query(le=MAX_EVENT_ID, description="as Last-Event-ID")] = None,
+        follow: Annotated[bool, Query(description="false: what is kept, then the end")] = True,
     ) -> Response:
         """Of each event: its number as `id`, its kind as `event`, and as `data` a JSON object with `at`, in seconds."""
-        return EventStream(feed, after if last_event_id is None else last_event_id)
+        return EventStream(feed, after if last_event_id is None else last_event_id, follow)
 
     return router
 
 
 class EventStream(Response):
-    def __init__(self, feed: Feed, after: int | None) -> None:
+    def __init__(self, feed: Feed, after: int | None, follow: bool) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]
-        self._feed, self._after = feed, after
+        self._feed, self._after, self._follow = feed, after, follow
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._feed.watch(self._after) as events, asyncio.TaskGroup() as tasks:
+        async with self._feed.watch(self._after, follow=self._follow) as events, asyncio.TaskGroup() as tasks:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send(_part(": hello\n\n"))  # the reader learns that it is connected before anything happens
             gone = tasks.create_task(_gone(receive), name="reader gone")

@@ -65,14 +65,14 @@ class Feed:
             watcher.wake.set()
 
     @asynccontextmanager
-    async def watch(self, after: int | None = None) -> AsyncIterator[Watcher]:
-        """Events from now on; with `after`, first those kept whose number is higher.
+    async def watch(self, after: int | None = None, *, follow: bool = True) -> AsyncIterator[Watcher]:
+        """Events from now on; with `after`, first those kept whose number is higher; then, without `follow`, the end.
 
         All that are kept, if it is higher than any number that was given: it is of a life whose clock was ahead.
         """
         newest = self._recent[-1].id if self._recent else 0
         kept = [event for event in self._recent if after is not None and not event.id <= after <= newest]
-        watcher = Watcher(deque(kept, maxlen=KEPT), closed=self._closed)
+        watcher = Watcher(deque(kept, maxlen=KEPT), closed=self._closed or not follow)
         self._watchers.append(watcher)
         try:
             yield watcher
