@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import time
 import uuid
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fl_server.errors import Missing
+from fl_server.store import s3
 from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import BlobStore
 from fl_server.store.s3 import S3, S3BlobStore
@@ -62,6 +64,29 @@ async def test_a_blob_comes_back_byte_for_byte(store: BlobStore, data: bytes) ->
     assert (await store.local(KEY)).read_bytes() == data
     assert await store.size_bytes(KEY) == len(data)
     assert await keys(store) == {KEY}
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 10), (1_000, 70_000), (2_559_990, 2_560_000), (0, 2_560_000)])
+async def test_a_range_is_read_from_the_local_file(store: BlobStore, start: int, stop: int) -> None:
+    """As downloads and kernels do, of a file that may be larger than memory."""
+    data = bytes(range(256)) * 10_000
+    await store.put(KEY, data)
+    with (await store.local(KEY)).open("rb") as file:
+        file.seek(start)
+        assert file.read(stop - start) == data[start:stop]
+
+
+async def test_a_file_above_the_multipart_threshold_comes_back(store: BlobStore, file: Path) -> None:
+    size_bytes = s3.MULTIPART_BYTES + 1_000_000
+    block = os.urandom(1_000_003)
+    with file.open("wb") as written:
+        while left := size_bytes - written.tell():
+            written.write(block[:left])
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    await store.put_file(KEY, file)
+    assert await store.size_bytes(KEY) == size_bytes
+    with (await store.local(KEY)).open("rb") as found:
+        assert hashlib.file_digest(found, "sha256").hexdigest() == digest
 
 
 async def test_put_twice_is_put_once(store: BlobStore) -> None:

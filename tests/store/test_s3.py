@@ -128,14 +128,16 @@ async def test_a_bucket_that_is_not_there_is_made(opening: Callable[..., Any]) -
 
 
 async def test_a_large_file_is_put_in_parts_and_comes_back(
-    store: S3BlobStore, tmp_path: Path, bucket: Any, prefix: str
+    store: S3BlobStore, tmp_path: Path, bucket: Any, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, size_bytes = tmp_path / "file", s3.MULTIPART_BYTES + s3.PART_BYTES // 2
+    monkeypatch.setattr(s3, "MULTIPART_BYTES", 10 * 2**20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)  # the smallest that S3 takes
+    file, size_bytes = tmp_path / "file", 12 * 2**20
     sha256 = big_file(file, size_bytes)
     await store.put_file("large", file)
     assert not file.exists()
     assert await store.size_bytes("large") == size_bytes
-    assert (await (await bucket.Object(f"{prefix}large")).e_tag).strip('"').endswith("-5")
+    assert (await (await bucket.Object(f"{prefix}large")).e_tag).strip('"').endswith("-3"), "three parts"
     assert hashlib.sha256(await store.get("large")).hexdigest() == sha256
     await store._forget("large")
     assert hashlib.sha256((await store.local("large")).read_bytes()).hexdigest() == sha256
@@ -200,18 +202,46 @@ async def test_a_put_whose_outcome_is_unknown_is_unavailable_and_done_when_repea
         assert await store.get("b") == b"x"
 
 
-async def test_a_read_that_was_cut_leaves_no_half_file(
+async def test_a_read_that_is_cut_leaves_no_half_file(
     opening: Callable[..., Any], s3_server: S3, tmp_path: Path
 ) -> None:
     data = os.urandom(3 * 2**20)
     async with behind_proxy(opening, s3_server) as (store, proxy):
         await store.put("a", data)
-        for read in (store.local, store.get):
-            proxy.lose("rest", b"GET", times=1)
+        for lost, read in (("answer", store.local), ("rest", store.get)):
+            proxy.lose(lost, b"GET", times=10)
             with pytest.raises(Unavailable, match="get a"):
                 await read("a")
             assert [*(tmp_path / "cache").iterdir()] == []
+        proxy.times = 0
         assert (await store.local("a")).read_bytes() == data
+
+
+async def test_a_file_whose_read_was_cut_is_read_on_from_there(opening: Callable[..., Any], s3_server: S3) -> None:
+    data = os.urandom(3 * 2**20)
+    async with behind_proxy(opening, s3_server) as (store, proxy):
+        await store.put("a", data)
+        proxy.lose("rest", b"GET", times=2)
+        assert (await store.local("a")).read_bytes() == data
+        assert proxy.times == 0
+
+
+async def test_only_the_range_that_is_missing_is_read_again(
+    store: S3BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, begun, write = os.urandom(3 * 2**20), [], store._write
+
+    async def cut_once(part: Path, body: Any, at: int) -> None:
+        begun.append(at)
+        if len(begun) == 1:
+            part.write_bytes(await body.read(2**16))
+            raise Unavailable("cut")
+        await write(part, body, at)
+
+    await store.put("a", data)
+    monkeypatch.setattr(store, "_write", cut_once)
+    assert (await store.local("a")).read_bytes() == data
+    assert len(begun) == 2 and 0 < begun[1] <= 2**16
 
 
 async def test_a_server_that_comes_back_is_used_again(opening: Callable[..., Any], s3_server: S3) -> None:

@@ -35,6 +35,7 @@ OPEN_TIMEOUT_S = 8.0
 _CONNECT_TIMEOUT_S = 3.0
 _READ_TIMEOUT_S = 30.0  # without a byte
 _ATTEMPTS = 2
+_READS_IN_VAIN = 2
 _KEPT_FILES = 8  # the newest stay in the cache whatever their size: who was just given a path will open it
 
 _KEY = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
@@ -208,26 +209,44 @@ class S3BlobStore:
             return path
         part = self._cache / f".{key}.{next(self._parts)}{PART}"
         try:
-            async with self._errors(f"get {key}"):
-                got = await self._open_client().get_object(Bucket=self._bucket, Key=name)
-                async with got["Body"]:
-                    await self._write(part, got["Body"])
+            await self._fetch(key, name, part)
             await self._keep(key, part)
         finally:
             await self._run(f"get {key}", lambda: part.unlink(missing_ok=True))
         return path
 
-    async def _write(self, part: Path, body: Any) -> None:
-        """It comes in pieces as small as the network's, and is written in larger ones."""
+    async def _fetch(self, key: str, name: str, part: Path) -> None:
+        """A read that was cut goes on where it was: the first tries that bring nothing end it."""
+        size_bytes, in_vain = 0, 0
+        same: dict[str, str] = {}
+        while True:
+            more = {**same, "Range": f"bytes={size_bytes}-"} if size_bytes else {}
+            try:
+                async with self._errors(f"get {key}"):
+                    got = await self._open_client().get_object(Bucket=self._bucket, Key=name, **more)
+                    async with got["Body"]:
+                        same = {"IfMatch": got["ETag"]}
+                        await self._write(part, got["Body"], size_bytes if "ContentRange" in got else 0)
+                    return
+            except Unavailable:
+                former, size_bytes = size_bytes, await self._run(f"get {key}", lambda: _size_bytes(part))
+                in_vain = 0 if size_bytes > former else in_vain + 1
+                if not same or in_vain > _READS_IN_VAIN:
+                    raise
+
+    async def _write(self, part: Path, body: Any, at: int) -> None:
+        """Behind the first `at` bytes. It comes in pieces as small as the network's, and is written in larger ones."""
         doing, buffer = f"write {part.name}", bytearray()
-        file = await self._run(doing, lambda: part.open("wb"))
+        file = await self._run(doing, lambda: part.open("ab" if at else "wb"))
         try:
-            while data := await body.read(PART_BYTES):
-                buffer += data
-                if len(buffer) >= PART_BYTES:
-                    await self._run(doing, partial(file.write, buffer))
-                    buffer = bytearray()
-            await self._run(doing, partial(file.write, buffer))
+            try:
+                while data := await body.read(PART_BYTES):
+                    buffer += data
+                    if len(buffer) >= PART_BYTES:
+                        await self._run(doing, partial(file.write, buffer))
+                        buffer = bytearray()
+            finally:
+                await self._run(doing, partial(file.write, buffer))
         finally:
             await self._run(doing, file.close)
 
@@ -348,6 +367,10 @@ async def opened(
         yield store
     finally:
         await store.close()
+
+
+def _size_bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _code(exc: ClientError) -> str:
