@@ -10,6 +10,9 @@ import pytest
 
 from fl_server.services import Mongod, Weed
 from fl_server.store.s3 import S3
+from tests.leaks import pytest_configure, pytest_runtest_teardown
+
+__all__ = ["mongo_url", "pytest_configure", "pytest_runtest_teardown", "s3_server"]  # the hooks look for secrets
 
 
 @pytest.fixture(scope="session")

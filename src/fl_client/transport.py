@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -119,7 +120,7 @@ class RestApi:
         """POST clients/add."""
         async with self._request("POST", "/api/v1/clients/add", json=body) as reply:
             await reply.aread()
-            url, message = str(reply.url), _message(reply)
+            url, message = shown(reply.url), _message(reply)
             if reply.status_code == 203:
                 raise Unreachable(f"{url} says to wait: {message}")
             _expect_200(reply)
@@ -138,7 +139,7 @@ class RestApi:
             match _json(reply):
                 case {"checksum": str(checksum)} if len(checksum) == 64:
                     return checksum.lower()
-            raise ClientError(f"{reply.url} answered no checksum: {_message(reply)}")
+            raise ClientError(f"{shown(reply.url)} answered no checksum: {_message(reply)}")
 
     async def package(self, to: BinaryIO, *, max_bytes: int) -> str:
         """Writes the active compute package; its sha256, in hex."""
@@ -150,7 +151,7 @@ class RestApi:
             async for block in reply.aiter_bytes():
                 size_bytes += len(block)
                 if size_bytes > max_bytes:
-                    raise ClientError(f"{reply.url} sends more than {max_bytes} bytes")
+                    raise ClientError(f"{shown(reply.url)} sends more than {max_bytes} bytes")
                 digest.update(block)
                 to.write(block)
         return digest.hexdigest()
@@ -175,11 +176,16 @@ async def _reply(
         ):
             yield reply
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
-        raise ClientError(f"{what}: {url!r}: {exc}") from exc
+        raise ClientError(f"{what}: {shown(url)!r}: {exc}") from exc
     except httpx.HTTPError as exc:
         if isinstance(exc, httpx.RemoteProtocolError) and "illegal" in str(exc):  # gRPC's port, say
-            raise ClientError(f"{url} is no REST API: what answers there speaks no HTTP/1.1") from exc
-        raise Unreachable(f"{url} does not answer ({type(exc).__name__}: {exc})") from exc
+            raise ClientError(f"{shown(url)} is no REST API: what answers there speaks no HTTP/1.1") from exc
+        raise Unreachable(f"{shown(url)} does not answer ({type(exc).__name__}: {exc})") from exc
+
+
+def shown(url: object) -> str:
+    """Without what may be a secret: user and password, and the query."""
+    return re.sub(r"//[^/?#]*@", "//", str(url)).partition("?")[0]
 
 
 async def renew(tokens: Tokens, tls: Tls) -> None:
@@ -192,17 +198,17 @@ async def renew(tokens: Tokens, tls: Tls) -> None:
         await reply.aread()
         if reply.status_code in (400, 401, 403):
             said = _message(reply).replace(tokens.refresh, "…")
-            raise ClientError(f"{reply.url} answered {reply.status_code}: {said}")
+            raise ClientError(f"{shown(reply.url)} answered {reply.status_code}: {said}")
         if reply.status_code not in (200, 201):
-            raise Unreachable(f"{reply.url} answered {reply.status_code}, and no access token")
+            raise Unreachable(f"{shown(reply.url)} answered {reply.status_code}, and no access token")
         try:
             tokens.take(*renewed(_json(reply)))
         except ValueError as exc:
-            raise Unreachable(f"{reply.url}: {exc}") from None
+            raise Unreachable(f"{shown(reply.url)}: {exc}") from None
 
 
 def _expect_200(reply: httpx.Response) -> None:
-    text = f"{reply.url} answered {reply.status_code}: {_message(reply)}"
+    text = f"{shown(reply.url)} answered {reply.status_code}: {_message(reply)}"
     if reply.status_code in (500, 502, 503, 504, 408, 429):
         raise Unreachable(text)
     if reply.status_code == 401:
@@ -213,7 +219,7 @@ def _expect_200(reply: httpx.Response) -> None:
 
 def _expect_package(reply: httpx.Response) -> None:
     if reply.status_code == 404 and isinstance(body := _json(reply), dict) and "message" in body:
-        raise Unreachable(f"{reply.url} has no compute package yet: {body['message']}")
+        raise Unreachable(f"{shown(reply.url)} has no compute package yet: {body['message']}")
     if reply.status_code != 200:
         _expect_200(reply)
 

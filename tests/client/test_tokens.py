@@ -91,6 +91,17 @@ async def test_a_refresh_that_is_refused_is_the_end_and_one_that_fails_is_not() 
     assert (tokens.authorization, tokens.refresh, tokens.count) == ("Bearer new", "next", 1)
 
 
+@pytest.mark.parametrize("answer", [as_json({"message": "no"}, 401), as_json({}, 503), as_json({"access": "é"}), None])
+async def test_an_issuers_uri_is_told_without_what_may_be_a_secret_in_it(answer: Any) -> None:
+    with answering() as double:
+        double.answer = lambda request: answer
+        at = f"127.0.0.1:{double.port if answer else 1}/refresh"
+        tokens = Tokens("", refresh="again", refresh_uri=f"http://user:hush-hush@{at}?key=hush-hush")
+        with pytest.raises((ClientError, Unreachable)) as refused:
+            await renew(tokens, Tls())
+    assert f"http://{at}" in str(refused.value) and "hush-hush" not in str(refused.value)
+
+
 async def test_a_client_without_a_token_gets_its_first_one_from_the_issuer() -> None:
     with issuer(60) as double:
         async with Federation(jwt_secret_key=SECRET) as federation:

@@ -16,15 +16,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
-from fl_client import TrainResult
+from fl_client import Client, TrainResult
 from fl_client.wire import codec
 from fl_server.store.s3 import S3
-from fl_server.testing import Federation
+from fl_server.testing import Federation, ServerProcess
 from tests.server.cli_runner import Said, run
 from tests.server.rest_world import tgz
+from tests.server.tokens import token
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120.0
@@ -231,3 +233,44 @@ async def test_the_line_that_make_services_prints_starts_a_server_on_them(tmp_pa
         finally:
             services.send_signal(signal.SIGTERM)
             assert await services.wait() == 0
+
+
+async def test_at_debug_a_server_on_real_services_logs_no_secret(tmp_path: Path, mongo_url: str, s3_server: S3) -> None:
+    """A round with tokens, packages and refusals; tests/leaks.py looks at the log, too."""
+    name = f"fl-test-{uuid.uuid4()}"
+    secret = "a-secret-of-a-process-at-debug-0123456789"
+    environment = {
+        "FL_LOG_LEVEL": "DEBUG",
+        "FL_JWT_SECRET_KEY": secret,
+        "FL_MONGO_URL": mongo_url,
+        "FL_MONGO_DATABASE": name,
+        "FL_S3_ENDPOINT_URL": s3_server.endpoint_url,
+        "FL_S3_ACCESS_KEY": s3_server.access_key,
+        "FL_S3_SECRET_KEY": s3_server.secret_key,
+        "FL_S3_MODEL_BUCKET": name,
+        "FL_S3_CONTEXT_BUCKET": name,
+    }
+    admin, mine = (token(role, key=secret, client_id="a", exp=time.time() + 600) for role in ("admin", "client"))
+    async with ServerProcess(tmp_path / "data", environment=environment) as server:
+        async with httpx.AsyncClient(base_url=server.api_url, headers={"Authorization": f"Bearer {admin}"}) as http:
+            model = {"file": ("seed.npz", codec.encode(SEED))}
+            model_id = (await http.post("/api/v1/models/", files=model)).json()["model_id"]
+            body = {"session_config": {"model_id": model_id, "rounds": 1, "clients_required": 1, "validate": False}}
+            session_id = (await http.post("/api/v1/sessions/", json=body)).json()["session_id"]
+            for header in (f"Bearer {mine}", f"Bearer {admin[:-4]}", f"Basic {admin}"):
+                assert (await http.get("/api/v1/sessions/", headers={"Authorization": header})).status_code == 401
+            await http.post("/api/v1/sessions/start", json={"session_id": session_id, "wait_for_clients_s": 60})
+            client = Client(api_url=server.api_url, train=train, client_id="a", token=mine)
+            async with asyncio.TaskGroup() as group, http.stream("GET", "/api/v1/events/?after=0") as events:
+                running = group.create_task(client.run())
+                async with asyncio.timeout(60):
+                    async for line in events.aiter_lines():
+                        if line.startswith("data: ") and '"status": "Finished"' in line:
+                            break
+                running.cancel()
+        assert await server.stop() == 0
+    log = server.log.read_text()
+    assert " DEBUG fl_server." in log
+    signatures = [word.rpartition(".")[2] for word in (admin, mine)]
+    for told in (secret, s3_server.secret_key, admin, mine, *signatures):
+        assert told not in log
