@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
+import httpx
 import pytest
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,8 +21,11 @@ from fl_client.manifest import PackageError, read_manifest
 from fl_client.wire import fl_pb2 as pb
 from fl_server.combiner import convert
 from fl_server.combiner.servicer import Servicer, token_of
+from fl_server.testing import Federation
+from tests.fuzz.messages import HOSTILE_IDS
 from tests.fuzz.targets import LAUGHS, MERGES, METHODS, TARGETS, mutations, rest_api, rest_test, rpc_test, wire
 from tests.server.tokens import token
+from tests.server.wire_client import WireClient, port
 
 
 @pytest.mark.parametrize("name", ["codec", "package", "jwt"])
@@ -96,6 +102,35 @@ def test_a_manifest_cannot_grow_beyond_its_size(manifest: bytes, said: str, tmp_
 def test_no_request_is_a_fault_of_the_server_and_one_that_is_refused_changes_nothing() -> None:
     with rest_api() as opened:
         rest_test(opened, examples=300)()
+
+
+async def test_no_id_on_the_wire_reaches_a_file_or_ends_anything(tmp_path: Path) -> None:
+    """Of client, model and upload; in metadata, messages, paths and bodies, over both ports."""
+    codes, statuses = set(), set()
+    async with Federation(data_dir=tmp_path / "data") as federation:
+        for id in HOSTILE_IDS:
+            name = id if id.isprintable() and id.isascii() and id.strip() == id else "named"
+            async with WireClient(port(federation), id, name=name) as client:
+                stream = client.attach()
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await stream.wait_for_connection()
+                answered = await client.upload(b"no model", id) if id else None
+                assert answered is None or answered.status in (pb.OK, pb.FAILED)
+                assert [found.status for found in await client.download(id)] == [pb.FAILED]
+                update = pb.ModelUpdate(model_update_id=id, task_id=id, model_id=id, meta="{}")
+                assert (await client.send(update)).verdict == pb.VERDICT_NOT_SELECTED
+                codes |= {await stream.code()} if stream.done() else set()
+            path = quote(id, safe="")
+            for route in ("clients/{}", "models/{}/download", "sessions/{}", "packages/{}", "predictions/{}"):
+                url = httpx.URL(federation.server.api_url).copy_with(raw_path=f"/api/v1/{route.format(path)}".encode())
+                statuses.add((await federation.http.get(url)).status_code)
+            added = await federation.http.post("/api/v1/clients/add", json={"name": "n", "client_id": id})
+            statuses.add(added.status_code)
+        assert codes <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert statuses <= {200, 400, 404}
+        assert (await federation.http.get("/ready")).status_code == 200
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert all(len(path.name) < 100 and path.name.isascii() for path in (tmp_path / "data").rglob("*"))
 
 
 @pytest.mark.long
