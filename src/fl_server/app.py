@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -27,18 +29,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fl_server.auth import HMAC, Failures, Gate, Verifier
 from fl_server.combiner.downloads import Downloads
-from fl_server.combiner.server import CombinerServer
+from fl_server.combiner.server import CombinerServer, WireLimits
 from fl_server.combiner.servicer import Limits, Servicer
 from fl_server.errors import Invalid, Unavailable
 from fl_server.rest.access import Pace
 from fl_server.rest.app import create_app
 from fl_server.rest.bodies import Desk
+from fl_server.rest.bodies import Limits as RestLimits
 from fl_server.rest.clients import Advertised
 from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.copies import Copies
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.packages import Packages
 from fl_server.scheduler.scheduler import Patience, Scheduler
+from fl_server.scheduler.uploads import InFlight
 from fl_server.settings import Settings
 from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import BlobStore, StateStore
@@ -288,11 +292,19 @@ async def serving(settings: Settings, clock: Callable[[], float] = time.time) ->
                 store_patience_s=settings.store_patience_s,
             )
             downloads = Downloads(scheduler, pools.disk, kept_bytes=settings.download_cache_bytes)
-            servicer = Servicer(scheduler, Intake(scheduler), downloads, limits)
+            in_flight = InFlight(settings.uploads_in_flight_bytes)
+            servicer = Servicer(scheduler, Intake(scheduler), downloads, limits, in_flight)
             combiner = CombinerServer(
                 servicer,
+                scheduler,
                 upload_window=settings.grpc_upload_window,
-                unready=scheduler.unready,
+                limits=WireLimits(
+                    settings.grpc_max_message_bytes,
+                    settings.grpc_max_metadata_bytes,
+                    settings.grpc_request_timeout_s,
+                    settings.max_calls_per_peer,
+                    settings.http_header_timeout_s,
+                ),
                 gate=entry,
                 credentials=tls.credentials() if tls else None,
             )
@@ -307,6 +319,7 @@ async def serving(settings: Settings, clock: Callable[[], float] = time.time) ->
                     max_model_bytes=settings.max_model_bytes,
                     max_package_bytes=settings.package_max_bytes,
                     max_unpacked_bytes=settings.package_unpacked_max_bytes,
+                    in_flight=in_flight,
                 )
                 fqdn = settings.grpc_trusted_proxy or (settings.advertise_host if tls and grpc_port == 443 else "")
                 at = Advertised(settings.advertise_host, grpc_port, tls=tls is not None, fqdn=fqdn)
@@ -318,6 +331,12 @@ async def serving(settings: Settings, clock: Callable[[], float] = time.time) ->
                     gate=entry,
                     url_prefix=settings.custom_url_prefix,
                     pace=Pace(settings.upload_idle_timeout_s, settings.upload_min_bytes_per_s),
+                    limits=RestLimits(
+                        settings.http_max_header_bytes,
+                        settings.json_max_bytes,
+                        settings.json_max_depth,
+                        settings.page_max_rows,
+                    ),
                 )
                 async with _http(rest, settings, tls) as api_port:
                     api_url = f"{'https' if tls else 'http'}://{_dialled(settings.host)}:{api_port}"
@@ -328,29 +347,82 @@ async def serving(settings: Settings, clock: Callable[[], float] = time.time) ->
                 await combiner.stop(settings.drain_timeout_s)
 
 
-def _patient(header_timeout_s: float) -> type[H11Protocol]:
+def _patient(settings: Settings) -> type[H11Protocol]:
+    connections: Counter[str] = Counter()  # open, by address
+    most, most_of_peer = settings.http_max_connections, settings.http_max_connections_per_peer
+
     class Patient(H11Protocol):
-        """Hangs up on a connection whose next request does not come to the end of its headers (slow loris)."""
+        """Hangs up on a connection whose next request does not come to the end of its headers (slow loris), and on one
+        that does not take what it is sent. Of too many, each is told so when it asks.
+        """
 
         _hang_up: asyncio.TimerHandle | None = None
+        _give_up_writing: asyncio.TimerHandle | None = None
+        _peer = ""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)  # whatever waits to be read has its time
+            self._peer = self.client[0] if self.client else ""
+            connections[self._peer] += 1
             self._time_headers()
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._time_headers()
+            if self.transport.is_closing():
+                return
+            if self.cycle is None and connections[self._peer] > most_of_peer:
+                self._refuse(429, f"http_max_connections_per_peer ({most_of_peer}) are open; come again")
+            elif self.cycle is None and connections.total() > most:
+                self._refuse(503, f"http_max_connections ({most}) are open; come again")
+            else:
+                super().data_received(data)
+                self._time_headers()
 
         def connection_lost(self, exc: Exception | None) -> None:
+            connections[self._peer] -= 1
+            if not connections[self._peer]:
+                del connections[self._peer]
             self._stop_timing()
+            self.resume_writing()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            patience_s = self.transport.get_write_buffer_size() / settings.upload_min_bytes_per_s
+            patience_s += settings.upload_idle_timeout_s
+            self._give_up_writing = self.loop.call_later(patience_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            if self._give_up_writing is not None:
+                self._give_up_writing.cancel()
+                self._give_up_writing = None
+            super().resume_writing()
+
+        def send_400_response(self, msg: str) -> None:
+            waiting_bytes = len(self.conn.trailing_data[0])
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # in the midst of an answer
+                self.transport.close()
+            elif waiting_bytes > settings.http_max_header_bytes:
+                self._refuse(431, f"headers: more than http_max_header_bytes ({settings.http_max_header_bytes})")
+            else:
+                self._refuse(400, msg)
+
+        def _refuse(self, status: int, message: str) -> None:
+            body = json.dumps({"message": message}).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", f"{len(body)}"),
+                ("connection", "close"),
+            ]
+            for event in (h11.Response(status_code=status, headers=headers), h11.Data(body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
 
         def _time_headers(self) -> None:
             if self.conn.their_state is not h11.IDLE:
                 self._stop_timing()
             elif self._hang_up is None:
-                self._hang_up = self.loop.call_later(header_timeout_s, self._give_up)
+                self._hang_up = self.loop.call_later(settings.http_header_timeout_s, self._give_up)
 
         def _stop_timing(self) -> None:
             if self._hang_up is not None:
@@ -373,7 +445,7 @@ def openapi() -> dict[str, Any]:
         store, spool = SqliteStateStore(nowhere, pools.state), Spool(nowhere, pools.disk, max_bytes=1)
         scheduler = Scheduler(store, Workshop(models, spool, pools.kernel, nowhere, 1), updates, time.time)
         packages = Packages(store, archives, scheduler.insist, time.time)
-        desk = Desk(nowhere, pools.kernel, pools.disk, max_model_bytes=1, max_package_bytes=1, max_unpacked_bytes=1)
+        desk = Desk(nowhere, pools.kernel, pools.disk, 1, 1, 1, InFlight(1))
         return create_app(scheduler, packages, desk, advertise=lambda: Advertised("", 0)).openapi()
 
 
@@ -404,7 +476,8 @@ async def _http(app: object, settings: Settings, tls: Certificates | None) -> As
         raise Unavailable(f"REST port {port} on {host} is taken: {taken.strerror or taken}") from taken
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=_patient(settings.http_header_timeout_s),
+        http=_patient(settings),
+        h11_max_incomplete_event_size=settings.http_max_header_bytes,
         ws="none",
         log_config=None,
         access_log=False,

@@ -55,6 +55,7 @@ ACCESS: Mapping[str, Roles] = {
     "GET /health": OPEN,
     "GET /ready": OPEN,
     "grpc.health.v1.Health/Check": OPEN,
+    "grpc.health.v1.Health/Watch": OPEN,
     # FEDn's clients, and ours: join, and fetch the package
     f"POST {_API}/clients/add": CLIENT,
     f"GET {_API}/packages/download": CLIENT,

@@ -103,10 +103,37 @@ class Settings(BaseSettings):
     spool_max_bytes: Bytes = Field(64 * 2**30, description="uploads on disk; more wait until a round ends")
     upload_ttl_s: Seconds = Field(3600.0, description="an upload that no update names is deleted after this")
     uploads_at_once: Annotated[int, Field(ge=1)] = Field(8, description="more wait their turn")
-    upload_idle_timeout_s: Seconds = Field(60.0, description="an upload that sends nothing for so long is dropped")
-    upload_min_bytes_per_s: Bytes = Field(1024, description="slower uploads are dropped, on both ports")
+    uploads_in_flight_bytes: Bytes = Field(
+        32 * 2**30, description="of uploads that have not ended, on both ports together; more wait, then come again"
+    )
+    upload_idle_timeout_s: Seconds = Field(
+        60.0, description="an upload that sends nothing, or a download that is not read, for so long is dropped"
+    )
+    upload_min_bytes_per_s: Bytes = Field(1024, description="slower uploads and downloads are dropped, on both ports")
     upload_max_chunks: Count = Field(1_000_000, description="messages of one upload; a client sends 1 MiB in each")
-    http_header_timeout_s: Seconds = Field(20.0, description="a request's line and headers must be here within this")
+    http_header_timeout_s: Seconds = Field(
+        20.0, description="a request's line and headers, and a gRPC connection's greeting, must be here within this"
+    )
+    http_max_header_bytes: Annotated[int, Field(ge=1024)] = Field(
+        64 * 2**10, description="a request's path and headers; larger ones are answered 431"
+    )
+    http_max_connections: Count = Field(8192, description="open at a time; more are answered 503")
+    http_max_connections_per_peer: Count = Field(2048, description="the same, of one address: 429")
+    json_max_bytes: Bytes = Field(2**20, description="largest JSON body; larger ones are answered 413")
+    json_max_depth: Count = Field(64, description="objects and arrays inside each other, in a body")
+    page_max_rows: Count = Field(10_000, description="rows of one answer; who asks for more is answered 400")
+    grpc_max_message_bytes: Annotated[int, Field(ge=2 * 2**20)] = Field(
+        4 * 2**20, description="one message to the gRPC port; a model comes in many"
+    )
+    grpc_max_metadata_bytes: Annotated[int, Field(ge=8 * 2**10)] = Field(
+        16 * 2**10, description="the metadata of one call"
+    )
+    grpc_request_timeout_s: Seconds = Field(
+        300.0, description="a call's message must be here within this, or the call is cancelled"
+    )
+    max_calls_per_peer: Count = Field(
+        20_000, description="gRPC calls under way of one address, task streams too; more are told to come again"
+    )
     max_clients: Count = Field(20_000, description="attached at a time; more are told to come again")
     max_streams_per_peer: Count = Field(10_000, description="task streams of one address; more are told to come again")
     store_patience_s: Seconds = Field(30.0, description="a call waits so long for a store that is away")

@@ -31,7 +31,7 @@ from fl_client.wire import fl_pb2 as pb
 from fl_client.wire.archive import BadArchive, Limits, check, unpack
 from fl_client.wire.codec import BINARY, HELPERS, NUMPY, SAFETENSORS, BadModel, check_update, decode, encode
 from fl_server.auth import Failures, Gate, Identity, Verifier
-from fl_server.combiner.server import handlers
+from fl_server.combiner.server import Guard, handlers
 from fl_server.errors import Unauthorized
 from fl_server.store.ports import Collection, Query
 from tests.fuzz.messages import HOSTILE_IDS, HOSTILE_JSON, damaged, json_values, messages, texts
@@ -253,7 +253,7 @@ class Wire:
         self.made, self._loop, self._gate = made, loop, gate
         self._handlers = {
             f"{service}/{name}": handler
-            for service, methods in handlers(made.servicer, gate).items()
+            for service, methods in handlers(made.servicer, gate, Guard(1_000_000)).items()
             for name, handler in methods.items()
         }
         self.clients: list[VirtualClient] = []

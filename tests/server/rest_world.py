@@ -25,6 +25,7 @@ from fl_server.rest.schemas import ENTITIES
 from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.packages import Packages
 from fl_server.scheduler.scheduler import Patience, Scheduler
+from fl_server.scheduler.uploads import InFlight
 from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import Collection
 from fl_server.store.spool import Spool
@@ -97,7 +98,7 @@ async def serving(
 
         scheduler = Scheduler(store, workshop, updates, clock, patience)
         packages = Packages(store, archives, scheduler.insist, clock)
-        desk = Desk(uploads, kernel, disk, MAX_MODEL_BYTES, MAX_PACKAGE_BYTES, MAX_UNPACKED_BYTES)
+        desk = Desk(uploads, kernel, disk, MAX_MODEL_BYTES, MAX_PACKAGE_BYTES, MAX_UNPACKED_BYTES, InFlight(1 << 30))
         async with scheduler.running(), packages.running():
             at = Advertised("combiner.example", 12080)
             app = create_app(scheduler, packages, desk, advertise=lambda: at, **door)

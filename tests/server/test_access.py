@@ -22,12 +22,14 @@ from google.protobuf.wrappers_pb2 import StringValue, UInt32Value
 from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
 from fl_server.auth import ACCESS, LEEWAY_S, OPEN, SERVERS, Failures, Gate, Role, Verifier, roles_of_route, roles_of_rpc
+from fl_server.errors import Unavailable
 from fl_server.testing import Federation
 from tests.server.rest_world import serving, tgz
 from tests.server.tokens import SECRET, bad_headers, token
 from tests.server.wire_client import WAIT_S, WireClient, filled, online, port, started
 
 HEALTH = "grpc.health.v1.Health/Check"
+WATCH = "grpc.health.v1.Health/Watch"
 MANY = 1_000_000
 
 
@@ -295,7 +297,7 @@ class Caller:
     ) -> tuple[grpc.StatusCode, str]:
         metadata = [("client", client), *([("authorization", header)] if header is not None else [])]
         service, _, name = rpc.partition("/")
-        if rpc == HEALTH:
+        if rpc in (HEALTH, WATCH):
             method: Any = None
             request: Any = StringValue()
         else:
@@ -304,7 +306,7 @@ class Caller:
             if sender:
                 request.sender.client_id = sender["client_id"]
         streams_in = method is not None and method.client_streaming
-        streams_out = method is not None and method.server_streaming
+        streams_out = rpc == WATCH or (method is not None and method.server_streaming)
         kind = f"{'stream' if streams_in else 'unary'}_{'stream' if streams_out else 'unary'}"
         stub = getattr(self._channel, kind)(
             f"/{rpc}", request_serializer=lambda message: message.SerializeToString(), response_deserializer=bytes
@@ -313,7 +315,7 @@ class Caller:
         async with asyncio.timeout(WAIT_S):
             if streams_out:
                 await call.initial_metadata()
-                if not call.done() and name == "TaskStream":
+                if not call.done() and name in ("TaskStream", "Watch"):
                     call.cancel()
                     return grpc.StatusCode.OK, ""
                 with contextlib.suppress(grpc.aio.AioRpcError):
@@ -334,7 +336,7 @@ async def test_no_rpc_takes_a_bad_token_or_another_role() -> None:
         Caller(federation) as caller,
     ):
         for rpc in federation.server.rpcs:
-            if rpc == HEALTH:
+            if rpc in (HEALTH, WATCH):
                 continue
             for kind, (header, said) in bad_headers().items():
                 if kind == "long":
@@ -353,7 +355,7 @@ async def test_a_token_of_one_client_cannot_act_as_another_on_any_rpc() -> None:
     async with Federation(jwt_secret_key=SECRET) as federation, Caller(federation) as caller:
         own = bearer("client", client_id="a")
         for rpc in federation.server.rpcs:
-            if rpc == HEALTH or roles_of_rpc(rpc) == SERVERS:
+            if rpc in (HEALTH, WATCH) or roles_of_rpc(rpc) == SERVERS:
                 continue
             takes_sender = rpc != "fedn.ModelService/Upload"
             code, _ = await caller.call(rpc, own, "b", **({"client_id": "b"} if takes_sender else {}))
@@ -547,6 +549,34 @@ async def test_health_is_open_and_says_whether_the_server_takes_work() -> None:
         assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
         federation.server.scheduler.stop_serving()
         assert (await check(StringValue())).value == 2
+
+
+async def test_a_watcher_of_the_health_hears_each_change_needs_no_token_and_is_told_when_the_server_stops() -> None:
+    async with (
+        Federation(jwt_secret_key=SECRET) as federation,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port(federation)}") as channel,
+        asyncio.timeout(WAIT_S),
+    ):
+        watch = channel.unary_stream(
+            f"/{WATCH}", request_serializer=StringValue.SerializeToString, response_deserializer=UInt32Value.FromString
+        )
+        whole, unknown = watch(StringValue()), watch(StringValue(value="nobody"))
+        assert ((await whole.read()).value, (await unknown.read()).value) == (1, 3)
+        outages = federation.server.scheduler.outages
+        away = Unavailable("the test has sent it away")
+
+        async def once_away() -> None:
+            nonlocal away
+            if said := away:
+                away = None
+                raise said
+
+        await outages.insist(once_away)
+        assert ((await whole.read()).value, (await whole.read()).value) == (2, 1)
+        federation.server.scheduler.stop_serving()
+        assert (await whole.read()).value == 2
+        for call in (whole, unknown):
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_neither_token_nor_secret_is_in_any_log_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -146,11 +146,12 @@ def test_what_is_not_in_the_table_is_for_nobody() -> None:
     assert roles_of_route("GET", "/api/v1/sessions/a/b/explain") is NOBODY
 
 
-def test_three_things_alone_are_open() -> None:
+def test_health_and_ready_alone_are_open() -> None:
     assert {key for key, roles in ACCESS.items() if None in roles} == {
         "GET /health",
         "GET /ready",
         "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/Watch",
     }
 
 

@@ -96,7 +96,7 @@ BAD_SEEDS: list[tuple[dict[str, Any], str]] = [
     (_file(npz(np.array([1j]))), "file: "),
     (_file(npz()), "file: the npz holds no arrays"),
     (_file(_compressed(np.zeros(MAX_MODEL_BYTES))), "file: "),
-    (_file(bytes(3 * MAX_MODEL_BYTES)), "file: more than"),
+    (_file(bytes(3 * MAX_MODEL_BYTES)), "file: more than max_model_bytes"),
     ({"files": {"model": ("seed.npz", npz(np.zeros(3)))}}, "file: missing"),
     ({**_file(npz(np.zeros(3))), "data": {"name": "a\nb"}}, "name: "),
     ({**_file(npz(np.zeros(3))), "data": {"name": "n" * 300}}, "name: "),

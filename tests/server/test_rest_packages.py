@@ -177,7 +177,7 @@ BAD_PACKAGES: list[tuple[dict[str, Any], str]] = [
     (_sent(_link()), "file: 'x' is a link"),
     (_sent(tgz(big_bin=bytes(MAX_UNPACKED_BYTES + 1))), f"file: it holds more than {MAX_UNPACKED_BYTES} bytes"),
     (_sent(_zip(big_bin=bytes(MAX_UNPACKED_BYTES + 1)), "p.zip"), f"file: it holds more than {MAX_UNPACKED_BYTES} by"),
-    (_sent(bytes(3 * MAX_PACKAGE_BYTES)), f"file: more than {MAX_PACKAGE_BYTES} bytes"),
+    (_sent(bytes(3 * MAX_PACKAGE_BYTES)), f"file: more than package_max_bytes ({MAX_PACKAGE_BYTES} bytes)"),
     (_sent(tgz(), helper="nope"), "helper: 'nope' is unknown; known: "),
     (_sent(tgz(), colour="red"), "Invalid object: unknown key 'colour'"),
     (_sent(tgz(), name="n" * 300), "name: "),

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+from fastapi import Request
 
 from fl_server.errors import Invalid
-from fl_server.rest.queries import MAX_PAGE, Paging, conditions_of_body, conditions_of_query, paging
+from fl_server.rest.bodies import Limits
+from fl_server.rest.queries import Paging, conditions_of_body, conditions_of_query, paging
 from fl_server.rest.schemas import CLIENTS, ENTITIES, MODELS, SESSIONS
 from fl_server.store.ports import Condition, Query
 
+MAX_PAGE = 7
+REQUEST = Request(
+    {"type": "http", "app": SimpleNamespace(state=SimpleNamespace(limits=Limits(page_max_rows=MAX_PAGE)))}
+)
 BY_NOUN = {entity.noun: entity for entity in ENTITIES}
 VALIDATIONS, ROUNDS, METRICS = BY_NOUN["validations"], BY_NOUN["rounds"], BY_NOUN["metrics"]
 
@@ -103,19 +111,25 @@ def test_a_filter_value_that_no_field_can_have_is_refused_by_name(value: object)
 
 
 async def test_without_headers_the_newest_come_first_and_a_page_is_bounded() -> None:
-    page = await paging()
+    page = await paging(REQUEST)
     assert page.query(SESSIONS, ()) == Query((), (("committed_at", True),), 0, MAX_PAGE)
 
 
 async def test_the_headers_set_limit_skip_and_order() -> None:
-    page = await paging(x_limit=5, x_skip=2, x_sort_key="model_id", x_sort_order="ASC")
+    page = await paging(REQUEST, x_limit=5, x_skip=2, x_sort_key="model_id", x_sort_order="ASC")
     assert page.query(MODELS, ()) == Query((), (("model", False), ("committed_at", False)), 2, 5)
 
 
-@pytest.mark.parametrize("limit", [0, -3, MAX_PAGE + 1, 10**30])
-async def test_no_limit_and_too_large_ones_mean_the_largest_page(limit: int) -> None:
-    page = await paging(x_limit=limit, x_skip=-1)
+@pytest.mark.parametrize("limit", [0, -3])
+async def test_no_limit_means_the_largest_page(limit: int) -> None:
+    page = await paging(REQUEST, x_limit=limit, x_skip=-1)
     assert (page.limit, page.skip) == (MAX_PAGE, 0)
+
+
+@pytest.mark.parametrize("limit", [MAX_PAGE + 1, 10**30])
+async def test_a_larger_page_is_refused_by_the_settings_name(limit: int) -> None:
+    with pytest.raises(Invalid, match=r"^X-Limit: more than page_max_rows \(7\)"):
+        await paging(REQUEST, x_limit=limit)
 
 
 def test_an_unknown_sort_key_is_refused_by_name() -> None:

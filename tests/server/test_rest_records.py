@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fl_server.errors import Corrupt, Unavailable
-from fl_server.rest.bodies import MAX_JSON_BYTES
+from fl_server.rest.bodies import Limits
 from fl_server.rest.schemas import ENTITIES
 from fl_server.store.ports import Collection
 from tests.server.rest_world import NOW, Api, serving
@@ -102,11 +102,16 @@ WRONG_QUESTIONS: list[tuple[dict[str, Any], str]] = [
     ({"method": "GET", "url": "/api/v1/rounds/?colour=red"}, "colour"),
     ({"method": "GET", "url": "/api/v1/rounds/", "headers": {"X-Sort-Key": "colour"}}, "colour"),
     ({"method": "GET", "url": "/api/v1/rounds/", "headers": {"X-Limit": "ten"}}, "x-limit"),
+    (
+        {"method": "GET", "url": "/api/v1/rounds/", "headers": {"X-Limit": "10001"}},
+        "X-Limit: more than page_max_rows (10000)",
+    ),
+    ({"method": "GET", "url": "/api/v1/rounds/", "headers": {"X-Limit": "9" * 30}}, "page_max_rows"),
     ({"method": "POST", "url": "/api/v1/rounds/list", "json": {"colour": "red"}}, "colour"),
     ({"method": "POST", "url": "/api/v1/rounds/list", "json": {"round_id": {"$ne": 1}}}, "round_id"),
     ({"method": "POST", "url": "/api/v1/rounds/list", "json": ["round_id"]}, "body"),
     ({"method": "POST", "url": "/api/v1/rounds/count", "content": b"{"}, "body"),
-    ({"method": "POST", "url": "/api/v1/rounds/count", "content": b"x" * (MAX_JSON_BYTES + 1)}, "body"),
+    ({"method": "POST", "url": "/api/v1/rounds/count", "content": b"x" * (Limits().json_max_bytes + 1)}, "body"),
 ]
 
 

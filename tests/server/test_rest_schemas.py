@@ -9,7 +9,7 @@ from fastapi import HTTPException
 
 from fl_server.core.model import InvalidConfig, SessionConfig
 from fl_server.errors import Invalid
-from fl_server.rest.bodies import MAX_JSON_DEPTH, parsed_json
+from fl_server.rest.bodies import Limits, parsed_json
 from fl_server.rest.schemas import (
     ENTITIES,
     MODELS,
@@ -198,6 +198,8 @@ def test_client_ids_are_a_set_or_nothing(said: str | None, chosen: frozenset[str
 
 # ---- JSON
 
+MAX_JSON_DEPTH = Limits().json_max_depth
+
 
 @pytest.mark.parametrize(
     "text",
@@ -219,13 +221,13 @@ def test_client_ids_are_a_set_or_nothing(said: str | None, chosen: frozenset[str
 )
 def test_what_is_no_sane_json_is_a_bad_request(text: str) -> None:
     with pytest.raises(HTTPException) as refused:
-        parsed_json(text.encode("utf-8", "surrogateescape"))
+        parsed_json(text.encode("utf-8", "surrogateescape"), MAX_JSON_DEPTH)
     assert refused.value.status_code == 400
     assert refused.value.detail.startswith("body: ")
 
 
 def test_json_as_deep_as_allowed_is_taken() -> None:
-    assert parsed_json(b"[" * MAX_JSON_DEPTH + b"]" * MAX_JSON_DEPTH)
+    assert parsed_json(b"[" * MAX_JSON_DEPTH + b"]" * MAX_JSON_DEPTH, MAX_JSON_DEPTH)
 
 
 # ---- documents

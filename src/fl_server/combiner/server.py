@@ -10,7 +10,10 @@ import asyncio
 import logging
 import socket
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -24,15 +27,16 @@ from fl_server.auth import EXPIRED, Gate, Identity, Role, roles_of_rpc
 from fl_server.combiner.servicer import Servicer, address_of, metadata, token_of
 from fl_server.core.model import ClientId
 from fl_server.errors import FlserveError, Forbidden, Invalid, TooMany, Unauthorized, Unavailable
+from fl_server.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 RAW_REPLIES = {"Download"}  # handlers that write serialized messages themselves
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, Any], Awaitable[Any]]
 HEALTH = "grpc.health.v1.Health"
-_SERVING, _NOT_SERVING = 1, 2
-MAX_MESSAGE_BYTES = 4 << 20  # gRPC's default; models come in chunks of 1 MiB
-MAX_METADATA_BYTES = 16 << 10
+_SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = 1, 2, 3
+# whoever the call is of, its message must come: the timer that runs until the method begins
+_message_due: ContextVar[asyncio.TimerHandle] = ContextVar("_message_due")
 
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),  # a second server must fail to bind, not share the port
@@ -42,36 +46,56 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 30_000),
     ("grpc.server.max_pending_requests", 100_000),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class WireLimits:
+    """Of every call; the settings of these names."""
+
+    grpc_max_message_bytes: int = 4 << 20
+    grpc_max_metadata_bytes: int = 16 << 10
+    grpc_request_timeout_s: float = 300.0
+    max_calls_per_peer: int = 20_000
+    greeting_timeout_s: float = 20.0  # of a connection: TLS, and HTTP/2's settings
+
+    def options(self) -> list[tuple[str, int]]:
+        return [
+            ("grpc.max_receive_message_length", self.grpc_max_message_bytes),
+            ("grpc.max_metadata_size", self.grpc_max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", self.grpc_max_metadata_bytes),
+            ("grpc.max_concurrent_streams", min(self.max_calls_per_peer, 2**31 - 1)),
+            ("grpc.server_handshake_timeout_ms", int(self.greeting_timeout_s * 1000)),
+        ]
 
 
 class CombinerServer:
     def __init__(
         self,
         servicer: Servicer,
+        scheduler: Scheduler,
         *,
         upload_window: str,
-        unready: Callable[[], str | None],
+        limits: WireLimits,
         gate: Gate | None = None,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         """upload_window: "small" keeps memory flat; "auto" is faster for one far-away client.
 
-        unready: why it cannot take work. gate: None lets everybody in. credentials: None is plaintext.
+        gate: None lets everybody in. credentials: None is plaintext.
         """
-        options = [*OPTIONS, ("grpc.http2.bdp_probe", 0)] if upload_window == "small" else OPTIONS
-        self._server = grpc.aio.server(options=options)
-        self._credentials = credentials
+        window = [("grpc.http2.bdp_probe", 0)] if upload_window == "small" else []
+        self._server = grpc.aio.server(options=[*OPTIONS, *limits.options(), *window])
+        self._credentials, self._limits = credentials, limits
         self.rpcs: list[str] = []  # package.Service/Method
-        for service, methods in handlers(servicer, gate).items():
+        guard = Guard(limits.max_calls_per_peer)
+        for service, methods in handlers(servicer, gate, guard).items():
             self._serve(service, methods)
-        self._serve(HEALTH, {"Check": _health(unready)})
+        self._serve(HEALTH, _health(scheduler, guard))
 
     def _serve(self, service: str, methods: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
+        by_path = {f"/{service}/{method}": handler for method, handler in methods.items()}
+        self._server.add_generic_rpc_handlers((_Methods(by_path, self._limits.grpc_request_timeout_s),))
         self.rpcs += [f"{service}/{method}" for method in methods]
 
     async def start(self, host: str, port: int) -> int:
@@ -97,15 +121,59 @@ class CombinerServer:
         await self._server.stop(grace_s)
 
 
-def handlers(servicer: Servicer, gate: Gate | None) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
+class Guard:
+    """What is not answered in the reply leaves as UNAVAILABLE: any other code ends a FEDn client.
+
+    It counts the calls under way, by address, and bounds them.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._calls_of = most, Counter[str]()
+
+    def __call__(self, name: str, behaviour: Handler) -> Handler:
+        most, calls_of = self._most, self._calls_of
+
+        async def call(request: Any, context: Context) -> Any:
+            _message_due.get().cancel()
+            log.client_id.set(metadata(context, "client"))
+            address = address_of(context)
+            if calls_of[address] >= most:
+                why = f"max_calls_per_peer ({most}) of this address are under way"
+                await context.abort(grpc.StatusCode.UNAVAILABLE, why)
+            calls_of[address] += 1
+            try:
+                return await behaviour(request, context)
+            except grpc.aio.AbortError:
+                raise
+            except TimeoutError:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{name}: not done in time; come again")
+            except FlserveError as away:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{name}: {away}")
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                incident = uuid.uuid4().hex[:8]
+                logger.exception("rpc failed", extra={"rpc": name, "incident": incident})
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{name}: incident {incident}; see the server's log")
+            finally:
+                calls_of[address] -= 1
+                if not calls_of[address]:
+                    del calls_of[address]
+
+        return call
+
+
+def handlers(
+    servicer: Servicer, gate: Gate | None, guard: Guard
+) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
     """By service and method: all that the proto has."""
     return {
-        service.full_name: {method.name: _handler(servicer, gate, method) for method in service.methods}
+        service.full_name: {method.name: _handler(servicer, gate, guard, method) for method in service.methods}
         for service in pb.DESCRIPTOR.services_by_name.values()
     }
 
 
-def _handler(servicer: Servicer, gate: Gate | None, method: Any) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(servicer: Servicer, gate: Gate | None, guard: Guard, method: Any) -> grpc.RpcMethodHandler[Any, Any]:
     behaviour: Handler = getattr(servicer, method.name, None) or _unimplemented
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -115,12 +183,63 @@ def _handler(servicer: Servicer, gate: Gate | None, method: Any) -> grpc.RpcMeth
     }[method.client_streaming, method.server_streaming]
     raw = method.name in RAW_REPLIES
     handler: grpc.RpcMethodHandler[Any, Any] = make(
-        _guarded(method, _let_in(servicer, gate, method, behaviour)),
+        guard(method.name, _let_in(servicer, gate, method, behaviour)),
         # one message is read behind the gate: what cannot be read would leave gRPC as UNKNOWN, whoever sent it
         request_deserializer=_reader(method) if method.client_streaming else None,
         response_serializer=None if raw else GetMessageClass(method.output_type).SerializeToString,
     )
     return handler
+
+
+def _health(scheduler: Scheduler, guard: Guard) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    """HealthCheckRequest and -Response look as these wrappers do on the wire. Open to all: it says one bit."""
+    known = {"", *(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())}
+
+    def status() -> int:
+        return _NOT_SERVING if scheduler.unready() else _SERVING
+
+    async def check(request: StringValue, context: Context) -> UInt32Value:
+        if request.value not in known:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
+        return UInt32Value(value=status())
+
+    async def watch(request: StringValue, context: Context) -> None:
+        """The status, and each that follows; a service that is unknown may become known, says the protocol."""
+        said = None
+        while True:
+            turn = scheduler.turn
+            now = status() if request.value in known else _SERVICE_UNKNOWN
+            if now != said:
+                await context.write(UInt32Value(value=now))
+                said = now
+            if scheduler.stopping:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server stops")
+            await turn.wait()
+
+    wire: dict[str, Any] = {
+        "request_deserializer": StringValue.FromString,
+        "response_serializer": UInt32Value.SerializeToString,
+    }
+    return {
+        "Check": grpc.unary_unary_rpc_method_handler(guard("Check", check), **wire),
+        "Watch": grpc.unary_stream_rpc_method_handler(guard("Watch", watch), **wire),
+    }
+
+
+class _Methods(grpc.GenericRpcHandler):
+    """Looked up in the task of the call, before its message is read: gRPC itself would wait for it for ever."""
+
+    def __init__(self, by_path: dict[str, grpc.RpcMethodHandler[Any, Any]], timeout_s: float) -> None:
+        self._by_path, self._timeout_s = by_path, timeout_s
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = self._by_path.get(details.method)
+        call = asyncio.current_task()
+        if handler is not None and call is not None:
+            timer = asyncio.get_running_loop().call_later(self._timeout_s, call.cancel)
+            call.add_done_callback(lambda _: timer.cancel())
+            _message_due.set(timer)
+        return handler
 
 
 def _reader(method: Any) -> Callable[[bytes], Any]:
@@ -137,21 +256,6 @@ def _reader(method: Any) -> Callable[[bytes], Any]:
 
 async def _unimplemented(request: Any, context: Context) -> None:
     await context.abort(grpc.StatusCode.UNIMPLEMENTED, "FEDn's inner wire; flserve's rounds have one owner")
-
-
-def _health(unready: Callable[[], str | None]) -> grpc.RpcMethodHandler[Any, Any]:
-    """HealthCheckRequest and -Response look as these wrappers do on the wire. Open to all: it says one bit."""
-    known = {"", *(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())}
-
-    async def check(request: StringValue, context: Context) -> UInt32Value:
-        if request.value not in known:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
-        return UInt32Value(value=_NOT_SERVING if unready() else _SERVING)
-
-    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
-        check, request_deserializer=StringValue.FromString, response_serializer=UInt32Value.SerializeToString
-    )
-    return handler
 
 
 def _let_in(servicer: Servicer, gate: Gate | None, method: Any, behaviour: Handler) -> Handler:
@@ -192,29 +296,5 @@ def _let_in(servicer: Servicer, gate: Gate | None, method: Any, behaviour: Handl
             if not valid.expired():
                 raise
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, EXPIRED)
-
-    return call
-
-
-def _guarded(method: Any, behaviour: Handler) -> Handler:
-    """What is not answered in the reply leaves as UNAVAILABLE: any other code ends a FEDn client."""
-    name = method.name
-
-    async def call(request: Any, context: Context) -> Any:
-        log.client_id.set(metadata(context, "client"))
-        try:
-            return await behaviour(request, context)
-        except grpc.aio.AbortError:
-            raise
-        except TimeoutError:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{name}: not done in time; come again")
-        except FlserveError as away:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{name}: {away}")
-        except asyncio.CancelledError:
-            raise
-        except Exception:
-            incident = uuid.uuid4().hex[:8]
-            logger.exception("rpc failed", extra={"rpc": name, "incident": incident})
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{name}: incident {incident}; see the server's log")
 
     return call

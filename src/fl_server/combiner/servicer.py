@@ -7,6 +7,7 @@ leave as errors, or a FEDn client ends. A store that is away is waited for `stor
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import AsyncIterable
 from contextvars import ContextVar
@@ -19,10 +20,11 @@ from fl_client.wire import fl_pb2 as pb
 from fl_server.combiner import convert
 from fl_server.combiner.downloads import Downloads
 from fl_server.core.model import ClientId, Task, TaskKind, Verdict
-from fl_server.errors import Forbidden, Missing
+from fl_server.errors import Forbidden, Invalid, Missing
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.scheduler import Scheduler
 from fl_server.scheduler.streams import Ending
+from fl_server.scheduler.uploads import InFlight, Share
 from fl_server.store import spool as spooling
 from fl_server.store.ports import Collection
 
@@ -47,8 +49,17 @@ class Limits:
 class Servicer:
     """Methods are named as in the proto; `context` is that of the call."""
 
-    def __init__(self, scheduler: Scheduler, intake: Intake, downloads: Downloads, limits: Limits) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        intake: Intake,
+        downloads: Downloads,
+        limits: Limits,
+        in_flight: InFlight | None = None,
+    ) -> None:
+        """in_flight: None does not bound it."""
         self._scheduler, self._intake, self._downloads, self._limits = scheduler, intake, downloads, limits
+        self._in_flight = in_flight or InFlight(sys.maxsize)
         self._upload_turns = asyncio.Semaphore(limits.uploads_at_once)
         self._without_turn = asyncio.Semaphore(limits.uploads_at_once)
         self._ids: dict[str, ClientId] = {}  # what attached clients call themselves in metadata, if not by their id
@@ -94,7 +105,7 @@ class Servicer:
             await context.send_initial_metadata(())  # says "attached" to a client that has no task yet
             self._note_stream(client, name, "connecting to")
             while assignment := await mailbox.next():
-                await context.write(convert.task_request(assignment, scheduler.clock()))
+                await self._send(context, convert.task_request(assignment, scheduler.clock()), 0)
         finally:
             try:
                 await scheduler.detach(mailbox)
@@ -199,6 +210,7 @@ class Servicer:
         limits, chunks, received_bytes, waited_s = self._limits, 0, 0, 0.0
         upload: spooling.Upload | None = None
         client = await self._sender(context, pb.Client())
+        share, update_id = self._in_flight.begin(), ""
         loop, stream = asyncio.get_running_loop(), aiter(requests)
         async with Turn(self._upload_turns, self._without_turn) as turn, asyncio.timeout(None) as idle:
             try:
@@ -213,7 +225,7 @@ class Servicer:
                         return _refused("", "the upload ended without its closing message (status OK)")
                     if len(request.id) > MAX_ID_BYTES or len(request.id.encode()) > MAX_ID_BYTES:
                         return _refused("", f"id: more than {MAX_ID_BYTES} bytes")
-                    data = request.data
+                    data, update_id = request.data, request.id
                     if upload is None:
                         upload = await self._scheduler.workshop.spool.begin(client, request.id)
                     chunks += 1
@@ -225,13 +237,17 @@ class Servicer:
                     if received_bytes > limits.max_model_bytes:
                         why = f"more than max_model_bytes ({limits.max_model_bytes}); the server's owner can raise it"
                         return _refused(request.id, why)
-                    if data and not upload.buffer(data):
-                        await self._write(upload, data, turn)
+                    has_share = share.take_at_once(len(data))
+                    if data and not (has_share and upload.buffer(data)):
+                        await self._write(upload, None if has_share else share, data, turn)
                     if request.status == pb.OK:
                         async with asyncio.timeout(limits.store_patience_s):
                             await self._scheduler.insist(upload.finish)
                         return pb.ModelResponse(id=request.id, status=pb.OK, message="Got model successfully.")
+            except Invalid as too_large:
+                return _refused(update_id, str(too_large))
             finally:
+                share.end()
                 if upload:
                     await upload.abort()
 
@@ -241,10 +257,16 @@ class Servicer:
             async with asyncio.timeout(self._limits.store_patience_s) as patience:
                 async for message in self._downloads.messages(request.id):
                     patience.reschedule(None)  # from here on the client's reading is what takes time
-                    await context.write(message)
+                    await self._send(context, message, len(message))
         except Missing:
             gone = pb.ModelResponse(id=request.id, status=pb.FAILED, message=f"no model {request.id}")
             await context.write(gone.SerializeToString())
+
+    async def _send(self, context: Context, message: Any, size_bytes: int) -> None:
+        """Raises TimeoutError for a client that does not read."""
+        limits = self._limits
+        async with asyncio.timeout(limits.upload_idle_timeout_s + size_bytes / limits.upload_min_bytes_per_s):
+            await context.write(message)
 
     # ---- who and what
 
@@ -291,8 +313,10 @@ class Servicer:
             return await self._scheduler.task_of_round(client, *named)
         return await self._scheduler.task_of_model(client, update.model_id, update.model_update_id)
 
-    async def _write(self, upload: spooling.Upload, data: bytes, turn: Turn) -> None:
+    async def _write(self, upload: spooling.Upload, share: Share | None, data: bytes, turn: Turn) -> None:
         async with asyncio.timeout(self._limits.store_patience_s):
+            if share:
+                await share.take(len(data))
             while True:
                 try:
                     await self._scheduler.insist(upload.write, data)

@@ -33,13 +33,16 @@ class Pace:
 
 
 class Access:
-    def __init__(self, app: ASGIApp, gate: Gate | None, pace: Pace) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate | None, pace: Pace, max_header_bytes: int) -> None:
         """gate: None lets everybody in."""
-        self._app, self._gate, self._pace = app, gate, pace
+        self._app, self._gate, self._pace, self._max_header_bytes = app, gate, pace, max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return  # nothing here speaks anything else, and the table knows of nothing else
+        if _header_bytes(scope) > self._max_header_bytes:
+            await _refuse(_LargeHeaders(self._max_header_bytes), scope, receive, send)
+            return
         identity: Identity | None = None
         if self._gate is None and _is_of_another_site(scope):
             refused = _OtherSite("a page of another site may not do that while authentication is off")
@@ -80,6 +83,19 @@ def _is_of_another_site(scope: Scope) -> bool:
     headers = {name: value for name, value in scope["headers"] if name in (b"origin", b"host")}
     origin = headers.get(b"origin")
     return origin is not None and scope["method"] not in _READS and origin.partition(b"://")[2] != headers.get(b"host")
+
+
+class _LargeHeaders(FlserveError):
+    http_status = 431
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"headers: more than http_max_header_bytes ({max_bytes}), the path included")
+
+
+def _header_bytes(scope: Scope) -> int:
+    """As they stand in the request, about."""
+    asked = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    return asked + sum(len(name) + len(value) for name, value in scope["headers"])
 
 
 async def _refuse(refused: FlserveError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -26,7 +26,7 @@ from ..scheduler.packages import Packages
 from ..scheduler.scheduler import Scheduler
 from . import clients, combiners, feed, legacy, models, packages, predictions, records, reports, sessions
 from .access import ASKED_PATH, Access, Pace
-from .bodies import BoundedRoute, Desk
+from .bodies import BoundedRoute, Desk, Limits
 from .schemas import ControllerStatus, Failure, Readiness, problem
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def create_app(
     gate: Gate | None = None,
     url_prefix: str = "",
     pace: Pace = Pace(),  # noqa: B008  it is frozen
+    limits: Limits = Limits(),  # noqa: B008
 ) -> FastAPI:
     """advertise: where clients reach the combiner. gate: None lets everybody in. url_prefix: "" or "/internal"."""
     app = FastAPI(
@@ -59,6 +60,7 @@ def create_app(
         redoc_url=None,
         responses=_FAILURES,
     )
+    app.state.limits = limits
     # before the entities' own: /models/active is no model's id
     join = clients.joining(scheduler, kept, advertise)
     app.include_router(clients.routes(scheduler, kept, join))
@@ -78,7 +80,7 @@ def create_app(
     app.add_exception_handler(InvalidConfig, _answer_invalid_config)
     app.add_exception_handler(RequestValidationError, _answer_invalid_request)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_middleware(Access, gate=gate, pace=pace)
+    app.add_middleware(Access, gate=gate, pace=pace, max_header_bytes=limits.http_max_header_bytes)
     app.add_middleware(FednPaths, url_prefix=url_prefix)
     app.add_middleware(Incidents)  # the last is the outermost
     return app

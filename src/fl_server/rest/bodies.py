@@ -6,6 +6,7 @@ Nothing that JSON has no word for (NaN, half a surrogate) gets past this file, s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import uuid
@@ -22,12 +23,27 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.types import Receive, Scope, Send
 
-from ..errors import Invalid, Unavailable
+from ..errors import Invalid, TooMany, Unavailable
+from ..scheduler.uploads import InFlight, Share
 
-MAX_JSON_BYTES = 1 << 20
-MAX_JSON_DEPTH = 64
 MAX_FORM_TEXT_BYTES = 1 << 16  # all text of a form together, its part headers included
 _WRITE_BYTES = _READ_BYTES = 1 << 20
+_ROOM_S = 10.0  # an upload waits so long for other uploads to end
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of every request; the settings of these names. In the app's state."""
+
+    http_max_header_bytes: int = 64 << 10
+    json_max_bytes: int = 1 << 20
+    json_max_depth: int = 64
+    page_max_rows: int = 10_000
+
+
+def limits_of(request: Request) -> Limits:
+    limits: Limits = request.app.state.limits
+    return limits
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -40,9 +56,9 @@ def _finite(text: str) -> float:
     return number
 
 
-def _is_deep(value: object) -> bool:
+def _is_deep(value: object, max_depth: int) -> bool:
     level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
+    for _ in range(max_depth + 1):
         inner = [node for node in level if isinstance(node, dict | list)]
         level = [child for node in inner for child in (node.values() if isinstance(node, dict) else node)]
         if not inner:
@@ -50,37 +66,39 @@ def _is_deep(value: object) -> bool:
     return True
 
 
-def parsed_json(body: bytes) -> Any:
+def parsed_json(body: bytes, max_depth: int) -> Any:
     """Raises HTTPException 400: FastAPI would turn any other error into a sentence that says nothing."""
+    deep = f"body: nested deeper than json_max_depth ({max_depth})"
     try:
         value = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite)
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as exc:
-        raise HTTPException(400, f"body: nested deeper than {MAX_JSON_DEPTH}") from exc
+        raise HTTPException(400, deep) from exc
     except UnicodeEncodeError as exc:
         raise HTTPException(400, "body: half of a surrogate pair is no text") from exc
     except ValueError as exc:
         raise HTTPException(400, f"body: invalid JSON: {exc}") from exc
-    if _is_deep(value):
-        raise HTTPException(400, f"body: nested deeper than {MAX_JSON_DEPTH}")
+    if _is_deep(value, max_depth):
+        raise HTTPException(400, deep)
     return value
 
 
 class BoundedRequest(Request):
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
-            body = bytearray()
+            body, max_bytes = bytearray(), limits_of(self).json_max_bytes
             async for chunk in self.stream():
                 body += chunk
-                if len(body) > MAX_JSON_BYTES:
-                    raise HTTPException(413, f"body: more than {MAX_JSON_BYTES} bytes")
+                if len(body) > max_bytes:
+                    why = f"body: more than json_max_bytes ({max_bytes})"
+                    raise HTTPException(413, why, {"connection": "close"})
             self._body = bytes(body)
         return self._body
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = parsed_json(await self.body())
+            self._json = parsed_json(await self.body(), limits_of(self).json_max_depth)
         return self._json
 
 
@@ -182,21 +200,25 @@ class Desk:
     max_model_bytes: int  # of a model's arrays, inflated
     max_package_bytes: int  # of a compute package, as it comes
     max_unpacked_bytes: int  # of all that is in one
+    in_flight: InFlight
 
     @asynccontextmanager
-    async def receive(self, request: Request, file_field: str, max_file_bytes: int) -> AsyncIterator[Upload]:
-        """Whatever begins with the file's name is removed at the end.
+    async def receive(
+        self, request: Request, file_field: str, max_file_bytes: int, named: str
+    ) -> AsyncIterator[Upload]:
+        """Whatever begins with the file's name is removed at the end. named: as the setting of that limit is.
 
-        Raises Invalid if the form is broken, has no such file, or a larger one; Unavailable if the disk fails.
+        Raises Invalid if the form is broken, has no such file, or a larger one; TooMany while other uploads are too
+        large together; Unavailable if the disk fails.
         """
         path = self.folder / uuid.uuid4().hex
+        share, largest = self.in_flight.begin(), f"{named} ({max_file_bytes} bytes)"
         try:
-            yield await _receive_form(
-                request, file_field=file_field, target=path, disk=self.disk, max_file_bytes=max_file_bytes
-            )
+            yield await _receive_form(request, file_field, path, self.disk, share, max_file_bytes, largest)
         except OSError as exc:
             raise Unavailable(f"the upload could not be written: {exc}") from exc
         finally:
+            share.end()
             await asyncio.get_running_loop().run_in_executor(self.disk, _remove, path)
 
 
@@ -206,7 +228,7 @@ def _remove(path: Path) -> None:
 
 
 async def _receive_form(
-    request: Request, *, file_field: str, target: Path, disk: Executor, max_file_bytes: int
+    request: Request, file_field: str, target: Path, disk: Executor, share: Share, max_file_bytes: int, largest: str
 ) -> Upload:
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
@@ -230,12 +252,13 @@ async def _receive_form(
     written = 0
     try:
         async for chunk in request.stream():
+            await _take(share, len(chunk))
             try:
                 parser.write(chunk)
             except FormParserError as exc:
                 raise Invalid(f"form: {exc}") from exc
             if written + len(parts.file_bytes) > max_file_bytes:
-                raise Invalid(f"{file_field}: more than {max_file_bytes} bytes")
+                raise Invalid(f"{file_field}: more than {largest}")
             if len(parts.file_bytes) >= _WRITE_BYTES:
                 written += await loop.run_in_executor(disk, file.write, parts.file_bytes)
                 parts.file_bytes = bytearray()
@@ -247,6 +270,14 @@ async def _receive_form(
     if not parts.file_seen:
         raise Invalid(f"{file_field}: missing")
     return Upload(target, parts.file_name, parts.fields)
+
+
+async def _take(share: Share, size_bytes: int) -> None:
+    try:
+        async with asyncio.timeout(_ROOM_S):
+            await share.take(size_bytes)
+    except TimeoutError:
+        raise TooMany(f"{share.in_flight}; come again") from None
 
 
 # ---- files that go out
@@ -271,8 +302,20 @@ class FileBytes(Response):
             self.headers["content-length"] = str(size_bytes)
             self.headers["content-disposition"] = f"attachment; filename={self._name}"
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            while block := await loop.run_in_executor(self._disk, file.read, _READ_BYTES):
-                await send({"type": "http.response.body", "body": block, "more_body": True})
+            async with asyncio.TaskGroup() as tasks:
+                left = tasks.create_task(gone(receive), name="reader gone")
+                while block := await loop.run_in_executor(self._disk, file.read, _READ_BYTES):
+                    if left.done():  # nobody would notice if the rest were read for nobody
+                        return
+                    await send({"type": "http.response.body", "body": block, "more_body": True})
+                left.cancel()
             await send({"type": "http.response.body", "body": b""})
         finally:
             file.close()
+
+
+async def gone(receive: Receive) -> None:
+    """Returns when the reader has left, or sends a body, which nobody wants, too slowly."""
+    with contextlib.suppress(HTTPException):
+        while (await receive())["type"] != "http.disconnect":
+            pass

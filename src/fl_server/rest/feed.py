@@ -14,7 +14,7 @@ from fastapi import APIRouter, Header, Query, Response
 from starlette.types import Receive, Scope, Send
 
 from ..scheduler.feed import Feed, FeedEvent, Watcher
-from .bodies import BoundedRoute
+from .bodies import BoundedRoute, gone
 
 PING_S = 15.0  # a comment, so that proxies keep a silent connection
 MAX_EVENT_ID = 2**62
@@ -50,10 +50,10 @@ class EventStream(Response):
         async with self._feed.watch(self._after, follow=self._follow) as events, asyncio.TaskGroup() as tasks:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send(_part(": hello\n\n"))  # the reader learns that it is connected before anything happens
-            gone = tasks.create_task(_gone(receive), name="reader gone")
+            left = tasks.create_task(gone(receive), name="reader gone")
             following = tasks.create_task(_next(events), name="next event")
-            while not gone.done():
-                done, _ = await asyncio.wait({gone, following}, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+            while not left.done():
+                done, _ = await asyncio.wait({left, following}, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     await send(_part(": ping\n\n"))
                 if following.done():
@@ -61,7 +61,7 @@ class EventStream(Response):
                         break
                     await send(_part(_text(event)))
                     following = tasks.create_task(_next(events), name="next event")
-            gone.cancel()
+            left.cancel()
             following.cancel()
             await send({"type": "http.response.body", "body": b""})
 
@@ -77,8 +77,3 @@ def _part(text: str) -> dict[str, Any]:
 
 async def _next(events: Watcher) -> FeedEvent | None:
     return await anext(events, None)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

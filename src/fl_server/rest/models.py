@@ -21,8 +21,7 @@ from ..scheduler.records import helper_of
 from ..scheduler.scheduler import Scheduler
 from ..store import ports
 from ..store.ports import Collection, Condition, Document
-from .bodies import BoundedRoute, Desk, FileBytes
-from .queries import MAX_PAGE
+from .bodies import BoundedRoute, Desk, FileBytes, limits_of
 from .records import answered, changes, found
 from .schemas import (
     MODELS,
@@ -80,7 +79,7 @@ def routes(scheduler: Scheduler, packages: Packages, desk: Desk) -> APIRouter:
         """A model to start sessions from. An npz keeps the order of its arrays; arr_0, arr_1, … become 0, 1, …"""
         limit = desk.max_model_bytes
         try:
-            async with desk.receive(request, "file", limit + ZIP_BYTES) as upload:
+            async with desk.receive(request, "file", limit + ZIP_BYTES, "max_model_bytes") as upload:
                 form = checked(ModelForm, upload.fields)
                 helper = known_helper(form.helper) if form.helper else None
                 if helper is None:
@@ -116,13 +115,13 @@ def routes(scheduler: Scheduler, packages: Packages, desk: Desk) -> APIRouter:
         return JSONResponse({"error": "deprecated: a session names the model that it starts from"}, 410)
 
     @router.get("/leaf-nodes", response_model=list[ModelObject], operation_id="list_leaf_models")
-    async def leaf_nodes() -> Response:
+    async def leaf_nodes(request: Request) -> Response:
         """Models that are nobody's parent, the newest first."""
         newest_first = ports.Query(sort=(("committed_at", True),))
         documents = await scheduler.store.find(Collection.MODELS, newest_first)
         parents = {document["parent_model"] for document in documents}
         leaves = [MODELS.answer(document) for document in documents if document["model"] not in parents]
-        return JSONResponse(leaves[:MAX_PAGE])
+        return JSONResponse(leaves[: limits_of(request).page_max_rows])
 
     @router.get(
         "/{id}/download",
@@ -144,6 +143,7 @@ def routes(scheduler: Scheduler, packages: Packages, desk: Desk) -> APIRouter:
 
     @router.get("/{id}/ancestors", response_model=list[ModelObject], operation_id="list_model_ancestors")
     async def ancestors(
+        request: Request,
         id: str,
         include_self: Annotated[bool, Query()] = False,
         x_limit: TrailLimit = 0,
@@ -156,7 +156,7 @@ def routes(scheduler: Scheduler, packages: Packages, desk: Desk) -> APIRouter:
             return await scheduler.store.get(Collection.MODELS, parent_id) if parent_id else None
 
         document = await found(scheduler, MODELS, id)
-        trail = await _trail(document, parent, x_limit)
+        trail = await _trail(document, parent, x_limit, limits_of(request).page_max_rows)
         if include_self:
             trail.insert(0, document)
         if (x_reverse or "").lower() == "true":
@@ -164,7 +164,7 @@ def routes(scheduler: Scheduler, packages: Packages, desk: Desk) -> APIRouter:
         return JSONResponse([MODELS.answer(model) for model in trail])
 
     @router.get("/{id}/descendants", response_model=list[ModelObject], operation_id="list_model_descendants")
-    async def descendants(id: str, x_limit: TrailLimit = 0) -> Response:
+    async def descendants(request: Request, id: str, x_limit: TrailLimit = 0) -> Response:
         """The newest first. Where several models came from one, the newest of them is followed."""
 
         async def child(document: Document) -> Document | None:
@@ -173,7 +173,8 @@ def routes(scheduler: Scheduler, packages: Packages, desk: Desk) -> APIRouter:
             children = await scheduler.store.find(Collection.MODELS, newest)
             return children[0] if children else None
 
-        trail = await _trail(await found(scheduler, MODELS, id), child, x_limit)
+        document = await found(scheduler, MODELS, id)
+        trail = await _trail(document, child, x_limit, limits_of(request).page_max_rows)
         return JSONResponse([MODELS.answer(model) for model in reversed(trail)])
 
     async def rename(id: str, body: ChangeModel, *, lenient: bool) -> Response:
@@ -223,9 +224,10 @@ def known_helper(helper: str) -> str:
 
 
 async def _trail(
-    document: Document, following: Callable[[Document], Awaitable[Document | None]], limit: int
+    document: Document, following: Callable[[Document], Awaitable[Document | None]], limit: int, max_rows: int
 ) -> list[Document]:
-    most = min(limit, MAX_PAGE) if limit > 0 else TRAIL_LENGTH
+    # not refused above max_rows: FEDn's client asks for as many as there are models
+    most = min(limit if limit > 0 else TRAIL_LENGTH, max_rows)
     trail: list[Document] = []
     seen = {document["model"]}
     step = await following(document)

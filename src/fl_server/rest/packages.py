@@ -76,7 +76,7 @@ def routes(packages: Packages, desk: Desk) -> APIRouter:
     )
     async def add(request: Request) -> Response:
         """Keeps the package; it becomes the active one."""
-        async with desk.receive(request, "file", desk.max_package_bytes) as upload:
+        async with desk.receive(request, "file", desk.max_package_bytes, "package_max_bytes") as upload:
             form = checked(PackageForm, upload.fields)
             helper = known_helper(form.helper)
             file_name = re.split(r"[\\/]", upload.file_name)[-1]  # some send the whole path

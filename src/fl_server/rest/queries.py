@@ -20,9 +20,8 @@ from fastapi import Depends, Header, Request
 
 from ..errors import Invalid
 from ..store.ports import Condition, Operator, Query
+from .bodies import limits_of
 from .schemas import DATES, OBJECTS, Entity
-
-MAX_PAGE = 10_000  # rows in one answer, also when no limit is asked for
 
 Scalar = str | int | float | bool | None
 
@@ -144,16 +143,20 @@ class Paging:
 
 
 async def paging(
+    request: Request,
     x_limit: Annotated[
-        int, Header(description=f"rows at most; 0 or absent: all, but never more than {MAX_PAGE}")
+        int, Header(description="rows at most; 0 or absent: the server's page_max_rows, and no more than these")
     ] = 0,  # not nullable: generated SDKs cannot write such a header
     x_skip: Annotated[int, Header(description="rows passed over")] = 0,
     x_sort_key: Annotated[str | None, Header(description="a field's name; committed_at if absent")] = None,
     x_sort_order: Annotated[str | None, Header(description="asc; anything else is descending")] = None,
 ) -> Paging:
-    """FEDn's headers. Absent: the newest first."""
+    """FEDn's headers. Absent: the newest first. Raises Invalid for a page that the server does not give."""
+    max_rows = limits_of(request).page_max_rows
+    if x_limit > max_rows:
+        raise Invalid(f"X-Limit: more than page_max_rows ({max_rows}); ask page by page, with X-Skip")
     return Paging(
-        limit=min(x_limit if x_limit > 0 else MAX_PAGE, MAX_PAGE),
+        limit=x_limit if x_limit > 0 else max_rows,
         skip=min(max(x_skip, 0), 2**62),
         sort_key=x_sort_key or "committed_at",
         descending=(x_sort_order or "").lower() != "asc",

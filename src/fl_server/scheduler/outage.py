@@ -21,8 +21,9 @@ Probe = Callable[[], Awaitable[object]]
 
 
 class Outages:
-    def __init__(self, clock: Callable[[], float], retry_s: float) -> None:
-        self._clock, self._retry_s = clock, retry_s
+    def __init__(self, clock: Callable[[], float], retry_s: float, turned: Callable[[], None] = lambda: None) -> None:
+        """turned: called when an outage has begun, and when it has ended."""
+        self._clock, self._retry_s, self._turned = clock, retry_s, turned
         self._since: float | None = None
         self._why = ""
         self._last_failure = 0.0
@@ -80,6 +81,7 @@ class Outages:
             self._since, self._calm_since = None, self._clock()
             self._began.clear()
             logger.warning("store back", extra={"away_s": round(away_s, 1)})
+            self._turned()
             returned()
 
     async def _is_over(self, probes: Sequence[Probe]) -> bool:
@@ -99,3 +101,4 @@ class Outages:
         if self._since is None:
             self._since = self._last_failure
             self._began.set()
+            self._turned()

@@ -65,6 +65,7 @@ from fl_server.scheduler.streams import ClientStreams, Mailbox
 from fl_server.store.ports import BlobStore, Collection, Condition, Document, Patch, Put, Query, StateStore, Write
 
 logger = logging.getLogger(__name__)
+STOPPING = "stopping"
 SWEPT_AT_ONCE = 2000
 METRICS_SHOWN = 100  # of one validation
 LARGEST = 1e308  # of them; so written, NaN and the infinities are none
@@ -98,7 +99,8 @@ class Scheduler:
         self.models = workshop.models
         self.streams, self.calls, self.feed = ClientStreams(), Calls(), Feed(clock)
         self._patience = patience or Patience()
-        self.outages = Outages(clock, self._patience.store_retry_s)
+        self.turn = asyncio.Event()  # see turned()
+        self.outages = Outages(clock, self._patience.store_retry_s, self.turned)
         self.insist = self.outages.insist
         self.journal = Journal(store, self.insist)
         self.predictions = Predictions(
@@ -127,6 +129,7 @@ class Scheduler:
             background = [self._tasks.create_task(self._watch_stores(), name="watch stores")]
             background += [self._tasks.create_task(work, name=name) for name, work in await self._recover()]
             self._not_running = None
+            self.turned()
             try:
                 yield self
             finally:
@@ -145,7 +148,8 @@ class Scheduler:
 
     def stop_serving(self) -> None:
         """Ends the streams; who is online stays recorded, so that the next life knows whom to expect."""
-        self._not_running = "stopping"
+        self._not_running = STOPPING
+        self.turned()
         self.streams.stop()
         self.feed.close()
 
@@ -244,6 +248,15 @@ class Scheduler:
     def unready(self) -> str | None:
         """Why not to send work here now; None when ready."""
         return self.outages.reason() or self._not_running
+
+    @property
+    def stopping(self) -> bool:
+        return self._not_running == STOPPING
+
+    def turned(self) -> None:
+        """unready() may say something else now: whoever took `turn` before is woken, and takes the next."""
+        self.turn.set()
+        self.turn = asyncio.Event()
 
     # ---- sessions
 
