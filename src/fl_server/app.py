@@ -302,6 +302,7 @@ async def serving(settings: Settings, clock: Callable[[], float] = time.time) ->
                     settings.grpc_max_message_bytes,
                     settings.grpc_max_metadata_bytes,
                     settings.grpc_request_timeout_s,
+                    settings.grpc_idle_timeout_s,
                     settings.max_calls_per_peer,
                     settings.http_header_timeout_s,
                 ),
@@ -418,8 +419,16 @@ def _patient(settings: Settings) -> type[H11Protocol]:
                 self.transport.write(self.conn.send(event) or b"")
             self.transport.close()
 
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._time_headers()
+
+        def _next_is_due(self) -> bool:
+            """Also while a body still comes that was answered before its end."""
+            return self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
+
         def _time_headers(self) -> None:
-            if self.conn.their_state is not h11.IDLE:
+            if not self._next_is_due():
                 self._stop_timing()
             elif self._hang_up is None:
                 self._hang_up = self.loop.call_later(settings.http_header_timeout_s, self._give_up)
@@ -431,7 +440,7 @@ def _patient(settings: Settings) -> type[H11Protocol]:
 
         def _give_up(self) -> None:
             self._hang_up = None
-            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            if self._next_is_due() and not self.transport.is_closing():
                 self.transport.close()
 
     return Patient

@@ -129,8 +129,9 @@ class Settings(BaseSettings):
         16 * 2**10, description="the metadata of one call"
     )
     grpc_request_timeout_s: Seconds = Field(
-        300.0, description="a call's message must be here within this, or the call is cancelled"
+        300.0, description="a call's message must be here within this; for uploads, see there"
     )
+    grpc_idle_timeout_s: Seconds = Field(300.0, description="a connection to the gRPC port without a call is closed")
     max_calls_per_peer: Count = Field(
         20_000, description="gRPC calls under way of one address, task streams too; more are told to come again"
     )

@@ -253,7 +253,7 @@ class Wire:
         self.made, self._loop, self._gate = made, loop, gate
         self._handlers = {
             f"{service}/{name}": handler
-            for service, methods in handlers(made.servicer, gate, Guard(1_000_000)).items()
+            for service, methods in handlers(made.servicer, gate, Guard(1_000_000), HOUR_S).items()
             for name, handler in methods.items()
         }
         self.clients: list[VirtualClient] = []
@@ -290,15 +290,11 @@ class Wire:
         context = Caller("a stranger", said=list(said))
 
         async def stream() -> AsyncIterator[Any]:
-            for data in sent:
-                yield handler.request_deserializer(data)
+            for data in sent if method.client_streaming else sent[:1]:
+                yield handler.request_deserializer(data) if handler.request_deserializer else data
 
-        behaviour = next(
-            found
-            for found in (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
-            if found
-        )
-        request: Any = stream() if method.client_streaming else sent[0]
+        behaviour = handler.stream_stream if method.server_streaming else handler.stream_unary
+        request: Any = stream()
         is_endless = method.name == "TaskStream"
         try:
             async with asyncio.timeout(0.01 if is_endless else HOUR_S):

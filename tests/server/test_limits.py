@@ -48,7 +48,7 @@ async def connected(federation: Federation) -> AsyncIterator[tuple[asyncio.Strea
         yield reader, writer
     finally:
         writer.close()
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
 
 

@@ -12,7 +12,6 @@ import socket
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +34,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, Any], Awaitable[Any]]
 HEALTH = "grpc.health.v1.Health"
 _SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = 1, 2, 3
-# whoever the call is of, its message must come: the timer that runs until the method begins
-_message_due: ContextVar[asyncio.TimerHandle] = ContextVar("_message_due")
+_FAREWELL_S = 2.0  # a status waits so long for the client to read what was sent before
 
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),  # a second server must fail to bind, not share the port
@@ -56,6 +54,7 @@ class WireLimits:
     grpc_max_message_bytes: int = 4 << 20
     grpc_max_metadata_bytes: int = 16 << 10
     grpc_request_timeout_s: float = 300.0
+    grpc_idle_timeout_s: float = 300.0
     max_calls_per_peer: int = 20_000
     greeting_timeout_s: float = 20.0  # of a connection: TLS, and HTTP/2's settings
 
@@ -65,6 +64,7 @@ class WireLimits:
             ("grpc.max_metadata_size", self.grpc_max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.grpc_max_metadata_bytes),
             ("grpc.max_concurrent_streams", min(self.max_calls_per_peer, 2**31 - 1)),
+            ("grpc.max_connection_idle_ms", int(self.grpc_idle_timeout_s * 1000)),
             ("grpc.server_handshake_timeout_ms", int(self.greeting_timeout_s * 1000)),
         ]
 
@@ -89,13 +89,13 @@ class CombinerServer:
         self._credentials, self._limits = credentials, limits
         self.rpcs: list[str] = []  # package.Service/Method
         guard = Guard(limits.max_calls_per_peer)
-        for service, methods in handlers(servicer, gate, guard).items():
+        timeout_s = limits.grpc_request_timeout_s
+        for service, methods in handlers(servicer, gate, guard, timeout_s).items():
             self._serve(service, methods)
-        self._serve(HEALTH, _health(scheduler, guard))
+        self._serve(HEALTH, _health(scheduler, guard, timeout_s))
 
     def _serve(self, service: str, methods: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
-        by_path = {f"/{service}/{method}": handler for method, handler in methods.items()}
-        self._server.add_generic_rpc_handlers((_Methods(by_path, self._limits.grpc_request_timeout_s),))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
         self.rpcs += [f"{service}/{method}" for method in methods]
 
     async def start(self, host: str, port: int) -> int:
@@ -134,7 +134,6 @@ class Guard:
         most, calls_of = self._most, self._calls_of
 
         async def call(request: Any, context: Context) -> Any:
-            _message_due.get().cancel()
             log.client_id.set(metadata(context, "client"))
             address = address_of(context)
             if calls_of[address] >= most:
@@ -146,7 +145,9 @@ class Guard:
             except grpc.aio.AbortError:
                 raise
             except TimeoutError:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{name}: not done in time; come again")
+                await _abort_unread(context, f"{name}: not done in time; come again")
+            except DecodeError:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{name}: no message of this kind")
             except FlserveError as away:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, f"{name}: {away}")
             except asyncio.CancelledError:
@@ -164,26 +165,27 @@ class Guard:
 
 
 def handlers(
-    servicer: Servicer, gate: Gate | None, guard: Guard
+    servicer: Servicer, gate: Gate | None, guard: Guard, timeout_s: float
 ) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
     """By service and method: all that the proto has."""
     return {
-        service.full_name: {method.name: _handler(servicer, gate, guard, method) for method in service.methods}
+        service.full_name: {
+            method.name: _handler(servicer, gate, guard, timeout_s, method) for method in service.methods
+        }
         for service in pb.DESCRIPTOR.services_by_name.values()
     }
 
 
-def _handler(servicer: Servicer, gate: Gate | None, guard: Guard, method: Any) -> grpc.RpcMethodHandler[Any, Any]:
-    behaviour: Handler = getattr(servicer, method.name, None) or _unimplemented
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[method.client_streaming, method.server_streaming]
+def _handler(
+    servicer: Servicer, gate: Gate | None, guard: Guard, timeout_s: float, method: Any
+) -> grpc.RpcMethodHandler[Any, Any]:
+    behaviour = _let_in(servicer, gate, method, getattr(servicer, method.name, None) or _unimplemented)
+    if not method.client_streaming:
+        behaviour = _with_message(behaviour, timeout_s)
+    make = grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
     raw = method.name in RAW_REPLIES
     handler: grpc.RpcMethodHandler[Any, Any] = make(
-        guard(method.name, _let_in(servicer, gate, method, behaviour)),
+        guard(method.name, behaviour),
         # one message is read behind the gate: what cannot be read would leave gRPC as UNKNOWN, whoever sent it
         request_deserializer=_reader(method) if method.client_streaming else None,
         response_serializer=None if raw else GetMessageClass(method.output_type).SerializeToString,
@@ -191,7 +193,21 @@ def _handler(servicer: Servicer, gate: Gate | None, guard: Guard, method: Any) -
     return handler
 
 
-def _health(scheduler: Scheduler, guard: Guard) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+def _with_message(behaviour: Handler, timeout_s: float) -> Handler:
+    """For a method of one message, which is read here: grpc.aio would wait for it for ever, and never end a call that
+    is half-closed without one."""
+
+    async def call(requests: Any, context: Context) -> Any:
+        async with asyncio.timeout(timeout_s):
+            request = await anext(aiter(requests), None)
+        if request is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+        return await behaviour(request, context)
+
+    return call
+
+
+def _health(scheduler: Scheduler, guard: Guard, timeout_s: float) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
     """HealthCheckRequest and -Response look as these wrappers do on the wire. Open to all: it says one bit."""
     known = {"", *(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())}
 
@@ -221,25 +237,18 @@ def _health(scheduler: Scheduler, guard: Guard) -> dict[str, grpc.RpcMethodHandl
         "response_serializer": UInt32Value.SerializeToString,
     }
     return {
-        "Check": grpc.unary_unary_rpc_method_handler(guard("Check", check), **wire),
-        "Watch": grpc.unary_stream_rpc_method_handler(guard("Watch", watch), **wire),
+        "Check": grpc.stream_unary_rpc_method_handler(guard("Check", _with_message(check, timeout_s)), **wire),
+        "Watch": grpc.stream_stream_rpc_method_handler(guard("Watch", _with_message(watch, timeout_s)), **wire),
     }
 
 
-class _Methods(grpc.GenericRpcHandler):
-    """Looked up in the task of the call, before its message is read: gRPC itself would wait for it for ever."""
-
-    def __init__(self, by_path: dict[str, grpc.RpcMethodHandler[Any, Any]], timeout_s: float) -> None:
-        self._by_path, self._timeout_s = by_path, timeout_s
-
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        handler = self._by_path.get(details.method)
-        call = asyncio.current_task()
-        if handler is not None and call is not None:
-            timer = asyncio.get_running_loop().call_later(self._timeout_s, call.cancel)
-            call.add_done_callback(lambda _: timer.cancel())
-            _message_due.set(timer)
-        return handler
+async def _abort_unread(context: Context, why: str) -> None:
+    """To a client that may not be reading: the status then waits in gRPC, where nothing of ours is held for it."""
+    try:
+        async with asyncio.timeout(_FAREWELL_S):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, why)
+    except TimeoutError:
+        raise asyncio.CancelledError from None
 
 
 def _reader(method: Any) -> Callable[[bytes], Any]:
