@@ -363,7 +363,9 @@ def _patient(settings: Settings) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            transport.set_write_buffer_limits(high=0)  # whatever waits to be read has its time
+            transport.set_write_buffer_limits(
+                high=1
+            )  # whatever waits to be read has its time; over TLS, 0 stays paused
             self._peer = self.client[0] if self.client else ""
             connections[self._peer] += 1
             self._time_headers()

@@ -83,7 +83,7 @@ def codec() -> Iterator[Target]:
         def throw(data: bytes) -> None:
             helper = sorted(HELPERS)[data[0] % len(HELPERS) if data else 0]
             path.write_bytes(data[1:])
-            fault = check_update(path, None, helper=helper, max_bytes=MOST_BYTES, stored_copy=stored)
+            fault = check_update(path, None, helper=helper, max_bytes=MOST_BYTES, stored_copy=stored).fault
             try:
                 arrays = decode(data[1:], helper=helper, max_bytes=MOST_BYTES)
             except BadModel as bad:

@@ -210,7 +210,7 @@ class Servicer:
         limits, chunks, received_bytes, waited_s = self._limits, 0, 0, 0.0
         upload: spooling.Upload | None = None
         client = await self._sender(context, pb.Client())
-        share, update_id = self._in_flight.begin(), ""
+        share = self._in_flight.begin()
         loop, stream = asyncio.get_running_loop(), aiter(requests)
         async with Turn(self._upload_turns, self._without_turn) as turn, asyncio.timeout(None) as idle:
             try:
@@ -225,7 +225,7 @@ class Servicer:
                         return _refused("", "the upload ended without its closing message (status OK)")
                     if len(request.id) > MAX_ID_BYTES or len(request.id.encode()) > MAX_ID_BYTES:
                         return _refused("", f"id: more than {MAX_ID_BYTES} bytes")
-                    data, update_id = request.data, request.id
+                    data = request.data
                     if upload is None:
                         upload = await self._scheduler.workshop.spool.begin(client, request.id)
                     chunks += 1
@@ -239,13 +239,14 @@ class Servicer:
                         return _refused(request.id, why)
                     has_share = share.take_at_once(len(data))
                     if data and not (has_share and upload.buffer(data)):
-                        await self._write(upload, None if has_share else share, data, turn)
+                        try:
+                            await self._write(upload, None if has_share else share, data, turn)
+                        except Invalid as too_large:
+                            return _refused(request.id, str(too_large))
                     if request.status == pb.OK:
                         async with asyncio.timeout(limits.store_patience_s):
                             await self._scheduler.insist(upload.finish)
                         return pb.ModelResponse(id=request.id, status=pb.OK, message="Got model successfully.")
-            except Invalid as too_large:
-                return _refused(update_id, str(too_large))
             finally:
                 share.end()
                 if upload:
