@@ -7,12 +7,16 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from fl_server.services import Mongod, Weed
 from fl_server.store.s3 import S3
 from tests.leaks import pytest_configure, pytest_runtest_teardown
 
 __all__ = ["mongo_url", "pytest_configure", "pytest_runtest_teardown", "s3_server"]  # the hooks look for secrets
+
+settings.register_profile("no clock", deadline=None)  # a busy machine is no fault
+settings.load_profile("no clock")
 
 
 @pytest.fixture(scope="session")
