@@ -53,7 +53,7 @@ def claims(role: str = "admin", **said: Any) -> dict[str, Any]:
 
 def signed_by_its_own_key() -> str:
     """RS256 by a key that the token brings along, as `jwk`, `kid`, `jku` and `x5u` of RFC 7515 would let it."""
-    private, public = key_pair("RS256")
+    private, public = key_pair("RS512")
     brought = {"jwk": jwk.construct(public, "RS256").to_dict(), "kid": "../../dev/null", "jku": "http://127.0.0.1:9/"}
     headers = {**brought, "x5u": "http://127.0.0.1:9/"}
     return str(jwt.encode(claims(), private, algorithm="RS256", headers=headers))
