@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import time
@@ -292,7 +293,7 @@ async def serving(settings: Settings, clock: Callable[[], float] = time.time) ->
                 store_patience_s=settings.store_patience_s,
             )
             downloads = Downloads(scheduler, pools.disk, kept_bytes=settings.download_cache_bytes)
-            in_flight = InFlight(settings.uploads_in_flight_bytes)
+            in_flight = InFlight(settings.uploads_in_flight_bytes, settings.store_patience_s)
             servicer = Servicer(scheduler, Intake(scheduler), downloads, limits, in_flight)
             combiner = CombinerServer(
                 servicer,
@@ -363,9 +364,8 @@ def _patient(settings: Settings) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            transport.set_write_buffer_limits(
-                high=1
-            )  # whatever waits to be read has its time; over TLS, 0 stays paused
+            # whatever waits to be read has its time; high is not 0, at which asyncio's TLS pauses for nothing
+            transport.set_write_buffer_limits(high=1, low=0)
             self._peer = self.client[0] if self.client else ""
             connections[self._peer] += 1
             self._time_headers()
@@ -456,7 +456,7 @@ def openapi() -> dict[str, Any]:
         store, spool = SqliteStateStore(nowhere, pools.state), Spool(nowhere, pools.disk, max_bytes=1)
         scheduler = Scheduler(store, Workshop(models, spool, pools.kernel, nowhere, 1), updates, time.time)
         packages = Packages(store, archives, scheduler.insist, time.time)
-        desk = Desk(nowhere, pools.kernel, pools.disk, 1, 1, 1, InFlight(1))
+        desk = Desk(nowhere, pools.kernel, pools.disk, 1, 1, 1, InFlight(1, 1.0))
         return create_app(scheduler, packages, desk, advertise=lambda: Advertised("", 0)).openapi()
 
 
@@ -510,6 +510,18 @@ async def _http(app: object, settings: Settings, tls: Certificates | None) -> As
             server.should_exit = True
 
 
+def _raise_file_limit(settings: Settings) -> None:
+    """Each connection is an open file, and a soft limit of 1024 is common."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or soft < hard:
+        with contextlib.suppress(ValueError, OSError):  # where infinity is not allowed
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    wanted = settings.max_clients + settings.http_max_connections
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        logger.warning("few open files are allowed", extra={"limit": soft, "clients_and_connections": wanted})
+
+
 async def run(settings: Settings, ready: Callable[[Server], None]) -> None:
     """Serves until SIGINT or SIGTERM; `ready` is called once."""
     stopped = asyncio.Event()
@@ -526,6 +538,7 @@ async def run(settings: Settings, ready: Callable[[Server], None]) -> None:
         async with serving(settings) as server:
             starting = None
             say_who_may_call(settings)
+            _raise_file_limit(settings)
             ready(server)
             await stopped.wait()
             logger.info("stopping")

@@ -98,7 +98,9 @@ async def serving(
 
         scheduler = Scheduler(store, workshop, updates, clock, patience)
         packages = Packages(store, archives, scheduler.insist, clock)
-        desk = Desk(uploads, kernel, disk, MAX_MODEL_BYTES, MAX_PACKAGE_BYTES, MAX_UNPACKED_BYTES, InFlight(1 << 30))
+        desk = Desk(
+            uploads, kernel, disk, MAX_MODEL_BYTES, MAX_PACKAGE_BYTES, MAX_UNPACKED_BYTES, InFlight(1 << 30, 1.0)
+        )
         async with scheduler.running(), packages.running():
             at = Advertised("combiner.example", 12080)
             app = create_app(scheduler, packages, desk, advertise=lambda: at, **door)

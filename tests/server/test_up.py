@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import resource
 import signal
 import socket
 import sys
@@ -286,3 +288,16 @@ def test_settings_lists_each_with_its_variable() -> None:
 @pytest.mark.parametrize("arguments", [["dance"], ["up", "--colour"], ["up", "--api-port", "http"]])
 def test_a_wrong_command_line_is_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
+
+
+async def test_it_may_open_as_many_files_as_the_system_lets_it(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, soft), hard))
+    try:
+        server = ServerProcess(tmp_path / "data")
+        await server.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    limits = Path(f"/proc/{server.pid}/limits").read_text()
+    await server.stop()
+    assert re.search(rf"Max open files +{hard} +{hard} ", limits)

@@ -24,7 +24,7 @@ from fl_server.errors import Forbidden, Invalid, Missing
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.scheduler import Scheduler
 from fl_server.scheduler.streams import Ending
-from fl_server.scheduler.uploads import InFlight, Share
+from fl_server.scheduler.uploads import InFlight
 from fl_server.store import spool as spooling
 from fl_server.store.ports import Collection
 
@@ -59,7 +59,7 @@ class Servicer:
     ) -> None:
         """in_flight: None does not bound it."""
         self._scheduler, self._intake, self._downloads, self._limits = scheduler, intake, downloads, limits
-        self._in_flight = in_flight or InFlight(sys.maxsize)
+        self._in_flight = in_flight or InFlight(sys.maxsize, limits.store_patience_s)
         self._upload_turns = asyncio.Semaphore(limits.uploads_at_once)
         self._without_turn = asyncio.Semaphore(limits.uploads_at_once)
         self._ids: dict[str, ClientId] = {}  # what attached clients call themselves in metadata, if not by their id
@@ -237,12 +237,12 @@ class Servicer:
                     if received_bytes > limits.max_model_bytes:
                         why = f"more than max_model_bytes ({limits.max_model_bytes}); the server's owner can raise it"
                         return _refused(request.id, why)
-                    has_share = share.take_at_once(len(data))
-                    if data and not (has_share and upload.buffer(data)):
-                        try:
-                            await self._write(upload, None if has_share else share, data, turn)
-                        except Invalid as too_large:
-                            return _refused(request.id, str(too_large))
+                    try:
+                        await share.take(len(data))
+                    except Invalid as too_large:
+                        return _refused(request.id, str(too_large))
+                    if data and not upload.buffer(data):
+                        await self._write(upload, data, turn)
                     if request.status == pb.OK:
                         async with asyncio.timeout(limits.store_patience_s):
                             await self._scheduler.insist(upload.finish)
@@ -314,10 +314,8 @@ class Servicer:
             return await self._scheduler.task_of_round(client, *named)
         return await self._scheduler.task_of_model(client, update.model_id, update.model_update_id)
 
-    async def _write(self, upload: spooling.Upload, share: Share | None, data: bytes, turn: Turn) -> None:
+    async def _write(self, upload: spooling.Upload, data: bytes, turn: Turn) -> None:
         async with asyncio.timeout(self._limits.store_patience_s):
-            if share:
-                await share.take(len(data))
             while True:
                 try:
                     await self._scheduler.insist(upload.write, data)

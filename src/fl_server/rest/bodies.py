@@ -23,12 +23,11 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.types import Receive, Scope, Send
 
-from ..errors import Invalid, TooMany, Unavailable
+from ..errors import Invalid, Unavailable
 from ..scheduler.uploads import InFlight, Share
 
 MAX_FORM_TEXT_BYTES = 1 << 16  # all text of a form together, its part headers included
 _WRITE_BYTES = _READ_BYTES = 1 << 20
-_ROOM_S = 10.0  # an upload waits so long for other uploads to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,25 +233,28 @@ async def _receive_form(
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise Invalid(f"{file_field}: send it as multipart/form-data")
     parts = _Parts(file_field)
-    parser = MultipartParser(
-        options[b"boundary"],
-        {
-            "on_part_begin": parts.on_part_begin,
-            "on_part_data": parts.on_part_data,
-            "on_part_end": parts.on_part_end,
-            "on_header_field": parts.on_header_field,
-            "on_header_value": parts.on_header_value,
-            "on_header_end": parts.on_header_end,
-            "on_headers_finished": parts.on_headers_finished,
-            "on_end": parts.on_end,
-        },
-    )
+    try:
+        parser = MultipartParser(
+            options[b"boundary"],
+            {
+                "on_part_begin": parts.on_part_begin,
+                "on_part_data": parts.on_part_data,
+                "on_part_end": parts.on_part_end,
+                "on_header_field": parts.on_header_field,
+                "on_header_value": parts.on_header_value,
+                "on_header_end": parts.on_header_end,
+                "on_headers_finished": parts.on_headers_finished,
+                "on_end": parts.on_end,
+            },
+        )
+    except FormParserError as exc:  # of its boundary
+        raise Invalid(f"form: {exc}") from exc
     loop = asyncio.get_running_loop()
     file: BinaryIO = await loop.run_in_executor(disk, target.open, "xb")
     written = 0
     try:
         async for chunk in request.stream():
-            await _take(share, len(chunk))
+            await share.take(len(chunk))
             try:
                 parser.write(chunk)
             except FormParserError as exc:
@@ -270,14 +272,6 @@ async def _receive_form(
     if not parts.file_seen:
         raise Invalid(f"{file_field}: missing")
     return Upload(target, parts.file_name, parts.fields)
-
-
-async def _take(share: Share, size_bytes: int) -> None:
-    try:
-        async with asyncio.timeout(_ROOM_S):
-            await share.take(size_bytes)
-    except TimeoutError:
-        raise TooMany(f"{share.in_flight}; come again") from None
 
 
 # ---- files that go out

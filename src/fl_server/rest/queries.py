@@ -27,6 +27,7 @@ Scalar = str | int | float | bool | None
 
 _CAMEL = {"sessionId": "session_id", "modelId": "model_id", "correlationId": "correlation_id"}  # FEDn's CLI, APIClient
 _OPERATORS: dict[str, Operator] = {"eq": "eq", "ne": "ne", "gt": "gt", "gte": "gte", "lt": "lt", "lte": "lte"}
+MAX_CONDITIONS = 100  # a store's query language nests them
 _INSIDE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")  # nothing that a store's path language would read as its own
 _INT = re.compile(r"-?[0-9]{1,18}")
 _FLOAT = re.compile(r"-?[0-9]+\.[0-9]+([eE][+-]?[0-9]{1,3})?")
@@ -36,7 +37,7 @@ _FLOAT = re.compile(r"-?[0-9]+\.[0-9]+([eE][+-]?[0-9]{1,3})?")
 
 
 def conditions_of_query(entity: Entity, pairs: Iterable[tuple[str, str]]) -> tuple[Condition, ...]:
-    return tuple(condition for key, text in pairs for condition in _conditions(entity, key, _readings(text)))
+    return _few([condition for key, text in pairs for condition in _conditions(entity, key, _readings(text))])
 
 
 def conditions_of_body(entity: Entity, body: dict[str, Any]) -> tuple[Condition, ...]:
@@ -52,7 +53,13 @@ def conditions_of_body(entity: Entity, body: dict[str, Any]) -> tuple[Condition,
                 raise Invalid(f"{key}: {alternative} is too large")
             readings.extend(_readings(alternative.strip()) if isinstance(alternative, str) else [alternative])
         found.extend(_conditions(entity, key, tuple(readings)))
-    return tuple(found)
+    return _few(found)
+
+
+def _few(conditions: list[Condition]) -> tuple[Condition, ...]:
+    if len(conditions) > MAX_CONDITIONS:
+        raise Invalid(f"{conditions[-1].field}: more than {MAX_CONDITIONS} conditions in one question")
+    return tuple(conditions)
 
 
 def _conditions(entity: Entity, key: str, readings: tuple[Scalar, ...]) -> list[Condition]:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import asyncio
 
-from fl_server.errors import Invalid
+from fl_server.errors import Invalid, TooMany
 
 
 class InFlight:
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self.used_bytes = max_bytes, 0
+    def __init__(self, max_bytes: int, patience_s: float) -> None:
+        """patience_s: an upload waits so long for room."""
+        self._max_bytes, self._patience_s, self.used_bytes = max_bytes, patience_s, 0
         self._waiting: set[asyncio.Future[None]] = set()
-
-    def __str__(self) -> str:
-        return f"uploads_in_flight_bytes ({self._max_bytes}) are under way"
 
     def begin(self) -> Share:
         """Of a new upload. Whoever begins calls end(), in `finally`."""
@@ -27,34 +25,37 @@ class Share:
     """What one upload holds."""
 
     def __init__(self, in_flight: InFlight) -> None:
-        self.in_flight, self.size_bytes = in_flight, 0
-
-    def take_at_once(self, size_bytes: int) -> bool:
-        """Whether there was room for so many bytes more; if not, none are taken."""
-        whole = self.in_flight
-        if whole.used_bytes + size_bytes > whole._max_bytes:
-            return False
-        whole.used_bytes += size_bytes
-        self.size_bytes += size_bytes
-        return True
+        self._in_flight, self._size_bytes = in_flight, 0
 
     async def take(self, size_bytes: int) -> None:
-        """Returns when so many bytes more have room. Raises Invalid if they never will."""
-        whole = self.in_flight
-        if self.size_bytes + size_bytes > whole._max_bytes:
+        """Returns when so many bytes more have room. Raises TooMany if they have none in time, Invalid if never."""
+        whole = self._in_flight
+        if self._size_bytes + size_bytes > whole._max_bytes:
             raise Invalid(f"upload: more than uploads_in_flight_bytes ({whole._max_bytes})")
-        while not self.take_at_once(size_bytes):
-            waiter = asyncio.get_running_loop().create_future()
-            whole._waiting.add(waiter)
-            try:
-                await waiter
-            finally:
-                whole._waiting.discard(waiter)
+        if whole.used_bytes + size_bytes > whole._max_bytes:
+            await self._wait(size_bytes)
+        whole.used_bytes += size_bytes
+        self._size_bytes += size_bytes
+
+    async def _wait(self, size_bytes: int) -> None:
+        whole = self._in_flight
+        try:
+            async with asyncio.timeout(whole._patience_s):
+                while whole.used_bytes + size_bytes > whole._max_bytes:
+                    waiter = asyncio.get_running_loop().create_future()
+                    whole._waiting.add(waiter)
+                    try:
+                        await waiter
+                    finally:
+                        whole._waiting.discard(waiter)
+        except TimeoutError:
+            why = f"uploads_in_flight_bytes ({whole._max_bytes}) are under way; come again"
+            raise TooMany(why) from None
 
     def end(self) -> None:
-        whole = self.in_flight
-        whole.used_bytes -= self.size_bytes
-        self.size_bytes = 0
+        whole = self._in_flight
+        whole.used_bytes -= self._size_bytes
+        self._size_bytes = 0
         for waiter in whole._waiting:
             if not waiter.done():
                 waiter.set_result(None)
