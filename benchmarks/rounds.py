@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,9 +119,12 @@ async def bare(name: str, row: Row) -> AsyncIterator[_Bare]:
 
 
 @asynccontextmanager
-async def served(dialect: str, row: Row, folder: Path, *settings: str) -> AsyncIterator[Ours]:
+async def served(
+    dialect: str, row: Row, folder: Path, *settings: str, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[Ours]:
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(ServerProcess(folder / dialect, "--log-level", "WARNING", *settings))
+        process = ServerProcess(folder / dialect, "--log-level", "WARNING", *settings, environment=environment)
+        server = await stack.enter_async_context(process)
         http = await stack.enter_async_context(httpx.AsyncClient(base_url=server.api_url, timeout=120))
         fleet = await stack.enter_async_context(
             child(

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
@@ -32,7 +32,7 @@ from fl_server.auth import HMAC, Failures, Gate, Verifier
 from fl_server.combiner.downloads import Downloads
 from fl_server.combiner.server import CombinerServer, WireLimits
 from fl_server.combiner.servicer import Limits, Servicer
-from fl_server.errors import Invalid, Unavailable
+from fl_server.errors import Invalid, StoreError, Unavailable
 from fl_server.rest.access import Pace
 from fl_server.rest.app import create_app
 from fl_server.rest.bodies import Desk
@@ -50,6 +50,9 @@ from fl_server.store.ports import BlobStore, StateStore
 from fl_server.store.spool import Spool
 from fl_server.store.sqlite import SqliteStateStore
 from fl_server.tls import Certificates, Made, private_certificates
+
+if TYPE_CHECKING:
+    from fl_server.store.s3 import S3
 
 logger = logging.getLogger(__name__)
 RENEW_CERTIFICATES_S = 86_400.0
@@ -104,6 +107,7 @@ async def scheduling(
         stack.push_async_callback(store.close)
         await stack.enter_async_context(kept(store))
         models, updates, archives = [await stack.enter_async_context(blobs) for blobs in blob_stores(settings, pools)]
+        await _make_prediction_bucket(settings, pools)
         spool = Spool(data / "spool", pools.disk, max_bytes=settings.spool_max_bytes, fsync=fsync)
         await spool.open()
         work = data / "work"
@@ -167,14 +171,9 @@ def blob_stores(
     if not settings.s3_endpoint_url:
         folders = ("models", "updates", "packages")
         return [_opened_files(FileBlobStore(data / folder, pools.disk, fsync=fsync)) for folder in folders]
-    from fl_server.store.s3 import S3, opened
+    from fl_server.store.s3 import opened
 
-    server = S3(
-        settings.s3_endpoint_url,
-        settings.s3_access_key,
-        settings.s3_secret_key.get_secret_value(),
-        settings.s3_region,
-    )
+    server = _s3(settings)
     return [
         opened(
             server,
@@ -186,6 +185,27 @@ def blob_stores(
         )
         for name, bucket, prefix in (("models", models, ""), ("updates", models, "updates/"), ("packages", context, ""))
     ]
+
+
+def _s3(settings: Settings) -> S3:
+    from fl_server.store.s3 import S3
+
+    secret_key = settings.s3_secret_key.get_secret_value()
+    return S3(settings.s3_endpoint_url, settings.s3_access_key, secret_key, settings.s3_region)
+
+
+async def _make_prediction_bucket(settings: Settings, pools: Executors) -> None:
+    """FEDn's third bucket, for whoever looks for it. Nothing needs it: predictions are records."""
+    if not settings.s3_endpoint_url:
+        return
+    from fl_server.store.s3 import opened
+
+    cache = settings.data_dir / "cache" / "predictions"
+    try:
+        async with opened(_s3(settings), settings.s3_prediction_bucket, cache, pools.disk, cache_bytes=1):
+            pass
+    except StoreError as why:
+        logger.warning("no prediction bucket", extra={"reason": str(why)})
 
 
 @asynccontextmanager

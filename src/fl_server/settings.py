@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     s3_region: str = "us-east-1"
     s3_model_bucket: str = Field("fedn-models", description="models; updates that are kept lie under updates/")
     s3_context_bucket: str = Field("fedn-context", description="compute packages")
-    s3_prediction_bucket: str = Field("fedn-prediction", description="predictions")
+    s3_prediction_bucket: str = Field("fedn-prediction", description="FEDn's; made, and empty: predictions are records")
     s3_cache_bytes: Bytes = Field(8 * 2**30, description="files of S3 that are kept on local disk")
     durability: Literal["process", "host", "site"] = Field(
         "process",

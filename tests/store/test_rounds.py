@@ -48,6 +48,7 @@ async def test_rounds_on_mongodb_and_s3_give_the_embedded_stores_model(
         "s3_secret_key": s3_server.secret_key,
         "s3_model_bucket": name,
         "s3_context_bucket": name,
+        "s3_prediction_bucket": f"{name}-prediction",
     }
     _, _, expected = await rounds(tmp_path / "embedded")
     session_id, model_id, found = await rounds(tmp_path / "real", **where)
@@ -66,6 +67,7 @@ async def test_rounds_on_mongodb_and_s3_give_the_embedded_stores_model(
     async with aioboto3.Session(**keys).client("s3", endpoint_url=s3_server.endpoint_url) as bucket:
         got = await bucket.get_object(Bucket=name, Key=model_id)
         assert await got["Body"].read() == found
+        await bucket.head_bucket(Bucket=f"{name}-prediction")
 
 
 @pytest.mark.parametrize("url", ["mongo_url", "s3_endpoint_url"])
