@@ -13,7 +13,7 @@ from tests.server.virtual_world import World, on_virtual_time
 
 async def rounds_of(world: World, session_id: str) -> list[tuple[str, str]]:
     """Status and reason of each attempt, as users see them."""
-    return [(found["status"], found["status_reason"]) for found in await world.rounds(session_id)]
+    return [(found["status"], found["fl"]["record"]["reason"]) for found in await world.rounds(session_id)]
 
 
 @on_virtual_time

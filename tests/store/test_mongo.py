@@ -550,7 +550,7 @@ async def refused(url: str, database: str = DATABASE) -> FlserveError:
 
 
 async def test_a_newer_schema_is_refused_and_owned_by_nobody(mongo_url: str, database: Any) -> None:
-    await database["fl.deployment"].insert_one({"_id": "schema", "version": 99})
+    await database["fl.deployment"].insert_one({"_id": "schema", "schema_version": 99})
     for _ in range(2):
         why = await refused(mongo_url)
         assert isinstance(why, Corrupt) and "99" in str(why)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fl_server.rest.schemas import ENTITIES, Entity
 from fl_server.store.ports import ID_FIELD, INDEXED, Collection, Document
 from fl_server.store.s3 import S3
 from fl_server.testing import Federation
+from tests.server.rest_world import tgz
 
 SEED = [np.arange(6, dtype=np.float32).reshape(2, 3)]
 
@@ -85,6 +86,51 @@ async def test_either_alone_may_be_chosen(tmp_path: Path, mongo_url: str, s3_ser
         }
     _, _, found = await rounds(tmp_path, **where)
     assert codec.decode(found)[0].shape == (2, 3)
+
+
+# fedn-interface 11.3, besides committed_at and updated_at; record_id, a prediction's own, is the one that is ours
+FEDNS: Mapping[Collection, str] = {
+    Collection.CLIENTS: "client_id name combiner combiner_preferred ip status last_seen package",
+    Collection.COMBINERS: "combiner_id name address fqdn ip parent port",
+    Collection.MODELS: "model key name parent_model session_id",
+    Collection.PACKAGES: "package_id key description file_name helper name storage_file_name active",
+    Collection.SESSIONS: "session_id name status session_config seed_model_id",
+    Collection.ROUNDS: "round_id status round_config round_data combiners",
+    Collection.RUNS: "run_id session_id model_id completed_at_model_id round_timeout rounds completed_at",
+    Collection.STATUSES: "status_id status timestamp log_level data correlation_id type extra session_id sender",
+    Collection.VALIDATIONS: "validation_id model_id data correlation_id timestamp session_id meta sender receiver",
+    Collection.PREDICTIONS: "record_id prediction_id model_id data correlation_id timestamp meta sender receiver",
+    Collection.METRICS: "metric_id key value timestamp sender model_id step round_id session_id",
+    Collection.ATTRIBUTES: "attribute_id key value timestamp sender",
+    Collection.TELEMETRY: "telemetry_id key value timestamp sender",
+}
+
+
+async def test_a_user_with_pymongo_finds_fedns_collections_and_fields(
+    tmp_path: Path, mongo_url: str, client: Any
+) -> None:
+    name = f"fl-test-{uuid.uuid4()}"
+    work = {"train": train, "validate": judge, "predict": judge}
+    async with Federation(data_dir=tmp_path, clients=2, mongo_url=mongo_url, mongo_database=name, **work) as federation:
+        form = {"name": "p", "helper": "numpyhelper", "description": ""}
+        await federation.call("POST", "/api/v1/packages/", files={"file": ("p.tgz", tgz())}, data=form)
+        session = await federation.run(SEED, rounds=2, clients_required=2, validate=True)
+        model_id = session["session_config"]["model_id"]
+        await federation.call("POST", "/api/v1/predictions/start", json={"prediction_id": "p", "model_id": model_id})
+        await federation.event("prediction", status="reported")
+        measured = {"key": "k", "sender": {"name": "c0", "role": "CLIENT", "client_id": "c0"}}
+        for noun, value in (("attributes", "v"), ("telemetry", 1)):
+            await federation.call("POST", f"/api/v1/{noun}/", json={**measured, "value": value})
+    found = {one: await client[name][one.value].find({}).to_list(None) for one in Collection}
+    await client.drop_database(name)
+    assert [one for one, documents in found.items() if not documents] == [Collection.METRICS]
+    for one, documents in found.items():
+        fields = {field for document in documents for field in document} - {"_id", "fl", "committed_at", "updated_at"}
+        assert fields == set(FEDNS[one].split() if documents else ()), one
+
+
+def judge(*_: Any) -> dict[str, float]:
+    return {"accuracy": 0.5}
 
 
 MANY = 100_000

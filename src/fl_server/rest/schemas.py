@@ -516,7 +516,9 @@ class Entity:
     shared_id: str = ""  # a field by which one is found, too: the newest of those that share it
 
     def stored_name(self, field: str) -> str:
-        """FEDn stores a model's id under `model` alone."""
+        """Dotted where it is ours. FEDn stores a model's id under `model` alone."""
+        if field == "status_reason":
+            return "fl.record.reason"
         return "model" if self.collection is Collection.MODELS and field == "model_id" else field
 
     @property
@@ -525,7 +527,14 @@ class Entity:
 
     def answer(self, document: Document) -> JsonObject:
         """The document as FEDn shows it: every key of the shape, null where nothing is stored, and no other."""
-        return {field: _shown(field, document.get(self.stored_name(field))) for field in self.shape.model_fields}
+        return {field: _shown(field, _stored(document, self.stored_name(field))) for field in self.shape.model_fields}
+
+
+def _stored(document: Document, name: str) -> Any:
+    value: Any = document
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _shown(field: str, value: Any) -> Any:

@@ -89,7 +89,6 @@ def session_put(record: SessionRecord, facts: SessionFacts, at: float) -> Put:
         "session_id": record.id,
         "name": facts.name,
         "status": WIRE_STATUS[record.status],
-        "status_reason": record.reason,
         "session_config": {**fedn_config(config), "model_id": record.model.id},
         "seed_model_id": facts.seed_model_id,
         "committed_at": facts.committed_at,
@@ -140,7 +139,6 @@ def round_put(record: RoundRecord, facts: RoundFacts, config: SessionConfig, bas
     document: Document = {
         "round_id": facts.round_id,
         "status": WIRE_PHASE[record.phase],
-        "status_reason": record.reason,
         "round_config": facts.config,
         "round_data": None,
         "combiners": [],
@@ -160,8 +158,8 @@ def round_put(record: RoundRecord, facts: RoundFacts, config: SessionConfig, bas
 
 def round_end(round_id: str, reason: str, at: float) -> Patch:
     """Of an attempt that failed, by the session's record, whose own record was not written any more."""
-    failed = {"status": WIRE_PHASE[Phase.FAILED], "fl.record.phase": Phase.FAILED}
-    return Patch(Collection.ROUNDS, round_id, {**failed, "status_reason": reason, "updated_at": at})
+    failed = {"status": WIRE_PHASE[Phase.FAILED], "fl.record.phase": Phase.FAILED, "fl.record.reason": reason}
+    return Patch(Collection.ROUNDS, round_id, {**failed, "updated_at": at})
 
 
 def model_writes(record: SessionRecord, facts: RoundFacts, at: float) -> list[Put | Patch]:

@@ -138,14 +138,14 @@ class MongoStateStore:
             ) from None
 
     async def _check_schema(self) -> None:
-        written = {"$setOnInsert": {"version": SCHEMA_VERSION}}
+        written = {"$setOnInsert": {"schema_version": SCHEMA_VERSION}}
         with self._driver_errors("opening"):
             deployment = self._db[_DEPLOYMENT]
             schema = await deployment.find_one({"_id": "schema"})
             if schema is None:
                 await deployment.update_one({"_id": "schema"}, written, upsert=True)
                 schema = await deployment.find_one({"_id": "schema"})
-        if schema["version"] > SCHEMA_VERSION:
+        if schema["schema_version"] > SCHEMA_VERSION:
             raise Corrupt(
                 f"{self._where} has schema version {schema['version']}, this program knows {SCHEMA_VERSION}: "
                 "start the newer program that wrote it"
