@@ -147,7 +147,7 @@ class MongoStateStore:
                 schema = await deployment.find_one({"_id": "schema"})
         if schema["schema_version"] > SCHEMA_VERSION:
             raise Corrupt(
-                f"{self._where} has schema version {schema['version']}, this program knows {SCHEMA_VERSION}: "
+                f"{self._where} has schema version {schema['schema_version']}, this program knows {SCHEMA_VERSION}: "
                 "start the newer program that wrote it"
             )
 
