@@ -37,7 +37,7 @@ class Service:
         command: Callable[[], list[str]],
         answers: Callable[[], Awaitable[bool]],
         *,
-        wait_s: float = 60.0,
+        wait_s: float = 120.0,
     ) -> None:
         """command: asked for at each start, when the folder is there. answers: whether the process does, by now."""
         self.folder, self._name, self._wait_s = folder, name, wait_s
@@ -46,14 +46,19 @@ class Service:
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        """Returns when it answers. Raises RuntimeError with the log's end if it stops instead."""
+        """Returns when it answers. Raises RuntimeError with the log's end if it stops instead, or says nothing."""
         self._process = process = self._launch()
-        async with asyncio.timeout(self._wait_s):
-            while not await self._answers():
-                if process.poll() is not None:
-                    end = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
-                    raise RuntimeError(f"{self._name} ended with {process.returncode}:\n{end}")
-                await asyncio.sleep(_POLL_S)
+        try:
+            async with asyncio.timeout(self._wait_s):
+                while not await self._answers():
+                    if process.poll() is not None:
+                        raise RuntimeError(f"{self._name} ended with {process.returncode}:\n{self._tail()}")
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise RuntimeError(f"{self._name} is silent after {self._wait_s:.0f} s:\n{self._tail()}") from None
+
+    def _tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
 
     def _launch(self) -> subprocess.Popen[bytes]:
         """No asyncio subprocess: it belongs to a loop, and a test session has many."""
