@@ -51,9 +51,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class HurriedLoop(asyncio.SelectorEventLoop):
-    """For real servers: real time, of which a second counts as ten."""
+    """For real servers: real time, of which a second counts as five."""
 
-    SPEED = 10.0
+    SPEED = 5.0
 
     def __init__(self) -> None:
         self._began_s = time.monotonic()

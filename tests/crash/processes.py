@@ -9,6 +9,7 @@ import asyncio
 import json
 import signal
 import sys
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from fl_server.store.s3 import S3
 from fl_server.testing import CONFIG, ServerProcess
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
@@ -30,6 +32,15 @@ class Where:
 
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def on(mongo_url: str, s3: S3, *arguments: str, s3_url: str = "") -> Where:
+    """A database and buckets of its own."""
+    name = f"fl-test-{uuid.uuid4()}"
+    options = ("--mongo-url", mongo_url, "--mongo-database", name, "--s3-endpoint-url", s3_url or s3.endpoint_url)
+    buckets = {"FL_S3_MODEL_BUCKET": name, "FL_S3_CONTEXT_BUCKET": name}
+    keys = {"FL_S3_ACCESS_KEY": s3.access_key, "FL_S3_SECRET_KEY": s3.secret_key}
+    return Where((*options, *arguments), {**buckets, **keys})
 
 
 class Run:
@@ -102,7 +113,7 @@ class Run:
     def resume(self, index: int) -> None:
         self.clients[index].send_signal(signal.SIGCONT)
 
-    async def final_model(self) -> bytes:
+    async def final_model(self, *, failed_attempts: int = 0) -> bytes:
         """Its bytes; every round was committed once, and every client lives."""
         assert [process.returncode for process in self.clients] == [None] * CLIENTS, "every client lives on"
         api = f"{self.api_url}/api/v1"
@@ -110,7 +121,9 @@ class Run:
         assert models["count"] == ROUNDS, "one model a round"
         wanted = {"round_config.session_id": self.session_id}
         rounds = (await self.http.get(f"{api}/rounds/", params=wanted)).json()
-        assert [found["status"] for found in rounds["result"]] == ["Finished"] * ROUNDS
+        statuses = [(found["round_id"], found["status"]) for found in rounds["result"]]
+        expected = ["Failed"] * failed_attempts + ["Finished"] * ROUNDS
+        assert sorted(status for _, status in statuses) == expected, statuses
         session = (await self.http.get(f"{api}/sessions/{self.session_id}")).json()
         assert session["status"] == "Finished"
         return (await self.http.get(f"{api}/models/{session['session_config']['model_id']}/download")).content

@@ -14,31 +14,26 @@ import subprocess
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 
 from fl_client.wire import fl_pb2 as pb
 from fl_server.services import Mongod, Service, Weed, free_ports
+from fl_server.store import mongo
 from fl_server.store.s3 import S3
 from fl_server.testing import ServerProcess
-from tests.crash.processes import CLIENTS, WAIT_S, Run, Where, federation, run_of
+from tests.crash.processes import CLIENTS, WAIT_S, Run, Where, federation, on, run_of
 from tests.proxy import Proxy, proxied
 from tests.server.wire_client import WireClient
 
 LAST = CLIENTS - 1  # the client whose update a round is kept waiting for
 AWAY_S = 15.0
+SAID_WITHIN_S = 30.0  # six at once, on a machine that has other things to do
 SLOW_DOWN = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
-
-
-def on(mongo_url: str, s3: S3, *arguments: str, s3_url: str = "") -> Where:
-    """A database and buckets of its own."""
-    name = f"fl-test-{uuid.uuid4()}"
-    options = ("--mongo-url", mongo_url, "--mongo-database", name, "--s3-endpoint-url", s3_url or s3.endpoint_url)
-    buckets = {"FL_S3_MODEL_BUCKET": name, "FL_S3_CONTEXT_BUCKET": name}
-    keys = {"FL_S3_ACCESS_KEY": s3.access_key, "FL_S3_SECRET_KEY": s3.secret_key}
-    return Where((*options, *arguments), {**buckets, **keys})
 
 
 # ---- the server dies
@@ -266,13 +261,14 @@ async def switched(*ports: int) -> AsyncIterator[Callable[[str], None]]:
 
 
 OWNER, STANDBY = "127.0.0.2", "127.0.0.3"
+REPORT = b"$push"  # an update is saved
 COMMIT = b"\x02update\x00\x11\x00\x00\x00control.sessions\x00"  # in a round, the session is saved with its new model
 
 
-async def hangs(proxy: Proxy, run: Run, *, at_the_commit: bool) -> None:
-    """Stops the owner before the last update came in, or when it is about to commit what it has made of all."""
-    if at_the_commit:
-        proxy.lose("wait", COMMIT)
+async def hangs(proxy: Proxy, run: Run, at: bytes) -> None:
+    """Stops the owner when it is about to save this of the last update or its model; nothing: before that came in."""
+    if at:
+        proxy.lose("wait", at)
         run.resume(LAST)
         async with asyncio.timeout(WAIT_S):
             while proxy.times:
@@ -281,9 +277,7 @@ async def hangs(proxy: Proxy, run: Run, *, at_the_commit: bool) -> None:
     run.resume(LAST)
 
 
-async def taken_over(
-    folder: Path, shards: Path, seed: bytes, mongo_url: str, s3: S3, *, at_the_commit: bool
-) -> tuple[bytes, float]:
+async def taken_over(folder: Path, shards: Path, seed: bytes, mongo_url: str, s3: S3, at: bytes) -> tuple[bytes, float]:
     """The final model of a session whose owner hangs in a round and wakes up after its end; the standby's delay."""
     folder.mkdir()
     api_port, grpc_port = free_ports(2)
@@ -307,7 +301,7 @@ async def taken_over(
             update_id = str(uuid.uuid4())
             assert (await left_behind.upload(seed, update_id)).status == pb.OK
             starting = tasks.create_task(standby.start(), name="standby")
-            await hangs(proxy, run, at_the_commit=at_the_commit)
+            await hangs(proxy, run, at)
             clock = asyncio.get_running_loop().time
             hung_at_s = clock()
             late = tasks.create_task(reported(left_behind, task, update_id), name="told to the one that hangs")
@@ -316,14 +310,18 @@ async def taken_over(
                 delay_s = clock() - hung_at_s
                 to(STANDBY)
                 await run.until_ended()
-                model = await run.final_model()
+                # what was uploaded to the former owner and not yet accepted is on its disk: rejected as missing
+                failed_attempts = 1 if at == REPORT else 0
+                model = await run.final_model(failed_attempts=failed_attempts)
                 owner.send(signal.SIGCONT)
                 assert await owner.ended() == 1
                 [line] = [line for line in owner.tail(1000).splitlines() if line.startswith("flserve: ")]
                 assert f"is now owned by flserve, process {standby.pid} " in line
                 assert await late != "VERDICT_ACCEPTED"
                 await readiness(run, 200)
-                assert await run.final_model() == model, "the one that was deposed changed nothing"
+                assert await run.final_model(failed_attempts=failed_attempts) == model, (
+                    "the one that was deposed changed nothing"
+                )
             finally:
                 if starting.done():
                     await standby.kill()
@@ -345,17 +343,77 @@ async def reported(client: WireClient, task: str, update_id: str) -> str:
 async def test_a_standby_takes_over_from_an_owner_that_hangs_in_a_round(
     undisturbed: bytes, shards: Path, seed: bytes, tmp_path: Path, mongo_url: str, s3_server: S3
 ) -> None:
-    model, delay_s = await taken_over(tmp_path / "run", shards, seed, mongo_url, s3_server, at_the_commit=False)
+    model, delay_s = await taken_over(tmp_path / "run", shards, seed, mongo_url, s3_server, b"")
     assert model == undisturbed
     print(f"the standby was ready {delay_s:.1f} s after")
 
 
 @pytest.mark.long
-async def test_a_standby_takes_over_from_an_owner_that_hangs_before_its_commit(
-    undisturbed: bytes, shards: Path, seed: bytes, tmp_path: Path, mongo_url: str, s3_server: S3
+@pytest.mark.parametrize("at", [REPORT, COMMIT], ids=["an update", "the commit"])
+async def test_a_standby_takes_over_from_an_owner_that_hangs_before_it_saves(
+    at: bytes, undisturbed: bytes, shards: Path, seed: bytes, tmp_path: Path, mongo_url: str, s3_server: S3
 ) -> None:
-    model, _ = await taken_over(tmp_path / "run", shards, seed, mongo_url, s3_server, at_the_commit=True)
+    model, delay_s = await taken_over(tmp_path / "run", shards, seed, mongo_url, s3_server, at)
     assert model == undisturbed
+    print(f"the standby was ready {delay_s:.1f} s after")
+
+
+def test_a_standby_has_seconds_left_of_the_ten_to_recover() -> None:
+    """It sees the last renewal at a poll, and that none followed at another."""
+    assert mongo.TAKE_OVER_S + 2 * mongo._POLL_S <= 8.0
+
+
+# ---- it does not start
+
+
+def up(where: Where, data: Path) -> ServerProcess:
+    return ServerProcess(data, *where.arguments, "--log-level", "error", environment=where.environment)
+
+
+async def refusal(server: ServerProcess) -> tuple[str, float]:
+    """The one line that it says before it ends, and after how long."""
+    clock = asyncio.get_running_loop().time
+    began_s = clock()
+    with pytest.raises(AssertionError, match=r"ended with [12]:"):
+        await server.start()
+    [line] = server.log.read_text().splitlines()
+    return line.removeprefix("flserve: "), clock() - began_s
+
+
+async def test_a_second_server_on_the_same_database_is_refused_and_the_first_one_named(
+    tmp_path: Path, mongo_url: str, s3_server: S3
+) -> None:
+    where = on(mongo_url, s3_server)
+    async with up(where, tmp_path / "a") as first:
+        line, _ = await refusal(up(where, tmp_path / "b"))
+        assert f"is owned by flserve, process {first.pid} on " in line and "--standby" in line
+        async with httpx.AsyncClient() as http:
+            assert (await http.get(f"{first.api_url}/ready")).status_code == 200
+
+
+async def test_wrong_credentials_and_urls_are_one_line_at_the_start(
+    tmp_path: Path, mongo_url: str, s3_server: S3
+) -> None:
+    [nobody] = free_ports(1)
+    wrong = {
+        "user": on(mongo_url.replace("//", "//fl:hush@"), s3_server),
+        "host": on(f"mongodb://fl:hush@127.0.0.1:{nobody}", s3_server),
+        "no URL": on("http://fl:hush@localhost", s3_server),
+        "key": on(mongo_url, replace(s3_server, secret_key="hush")),
+        "S3 host": on(mongo_url, s3_server, s3_url=f"http://127.0.0.1:{nobody}"),
+        "no S3 URL": on(mongo_url, s3_server, s3_url="s3://fl-models"),
+    }
+    servers = [up(where, tmp_path / f"{index}") for index, where in enumerate(wrong.values())]
+    said = dict(zip(wrong, await asyncio.gather(*map(refusal, servers)), strict=True))
+    assert "wrong user or password" in said["user"][0]
+    assert f"127.0.0.1:{nobody}" in said["host"][0]
+    assert said["no URL"][0].startswith("mongo_url")
+    assert "S3" in said["key"][0]
+    assert f"127.0.0.1:{nobody}" in said["S3 host"][0]
+    assert "s3://fl-models" in said["no S3 URL"][0] and "valid URI" in said["no S3 URL"][0]
+    for line, took_s in said.values():
+        assert "hush" not in line
+        assert took_s < SAID_WITHIN_S, line
 
 
 # ---- the disk is full

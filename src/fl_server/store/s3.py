@@ -235,20 +235,27 @@ class S3BlobStore:
                     raise
 
     async def _write(self, part: Path, body: Any, at: int) -> None:
-        """Behind the first `at` bytes. It comes in pieces as small as the network's, and is written in larger ones."""
+        """Behind the first `at` bytes. It comes in pieces as small as the network's, and is written in larger ones.
+
+        No file is open between two: who is cancelled could not close one that a thread is opening.
+        """
+
+        def append(data: bytearray, at: int) -> None:
+            with part.open("ab" if at else "wb") as file:
+                file.write(data)
+
         doing, buffer = f"write {part.name}", bytearray()
-        file = await self._run(doing, lambda: part.open("ab" if at else "wb"))
         try:
-            try:
-                while data := await body.read(PART_BYTES):
-                    buffer += data
-                    if len(buffer) >= PART_BYTES:
-                        await self._run(doing, partial(file.write, buffer))
-                        buffer = bytearray()
-            finally:
-                await self._run(doing, partial(file.write, buffer))
-        finally:
-            await self._run(doing, file.close)
+            while data := await body.read(PART_BYTES):
+                buffer += data
+                if len(buffer) >= PART_BYTES:
+                    await self._run(doing, partial(append, buffer, at))
+                    at += len(buffer)
+                    buffer = bytearray()
+        except Exception:  # cut: what has come is where the next read begins
+            await self._run(doing, partial(append, buffer, at))
+            raise
+        await self._run(doing, partial(append, buffer, at))
 
     async def get(self, key: str) -> bytes:
         name = self._name(key)
