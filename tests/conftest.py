@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Iterator
 
@@ -39,3 +40,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     asyncio.run(weed.start())
     yield S3(weed.url, weed.access_key, weed.secret_key)
     asyncio.run(weed.kill())
+
+
+@pytest.fixture(autouse=True)
+def logs_go_where_they_went() -> Iterator[None]:
+    """A command that is run in this process sets its own logging up, for a standard error that is closed with it."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
