@@ -25,7 +25,7 @@ from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
 from fl_server.combiner.downloads import Downloads
 from fl_server.combiner.servicer import Limits, Servicer
-from fl_server.core.model import GlobalModel, ModelId, Outcome, SessionConfig, SessionRecord, Status
+from fl_server.core.model import GlobalModel, ModelId, Outcome, SessionConfig, SessionId, SessionRecord, Status
 from fl_server.errors import Invalid, Unavailable
 from fl_server.scheduler import records
 from fl_server.scheduler.aggregation import Workshop
@@ -375,9 +375,15 @@ class Federation:
         while (record := await self.record()) is None or record.model.round < 2:
             said = [sum(task.round == 2 for task, _, _ in client.heard) for client in self.clients]
             if self.deadline_by_hand and said[0] >= 1 and said[2] >= 2 and said[3] >= 2:
-                self.clock_is_ahead_s += 2 * self.round_timeout_s
-                await self.network.insist(lambda life: life.scheduler.start(SESSION))  # refused: it only wakes it
+                await self.network.insist(self.let_deadline_pass)
             await asyncio.sleep(5)  # virtual time: a user who looks now and then
+
+    async def let_deadline_pass(self, life: Life) -> None:
+        """Of round 2, and of no other."""
+        task = life.scheduler._sessions.get(SessionId(SESSION))
+        if task and (round := task._session.round) and round.record.number == 2:
+            self.clock_is_ahead_s += max(0.0, round.record.deadline + 1.0 - self.clock())
+            await life.scheduler.start(SESSION)  # refused: it only wakes the session
 
     async def user(self) -> SessionRecord:
         await asyncio.sleep(15)
@@ -390,7 +396,11 @@ class Federation:
             if await self.network.insist(attached) < 4:
                 await asyncio.sleep(2)
                 continue
-            reply, _ = await self.network.insist(lambda life: life.scheduler.start(SESSION))
+            try:
+                reply, _ = await self.network.call(lambda life: life.scheduler.start(SESSION))
+            except Unavailable:  # who is there must be asked again
+                await asyncio.sleep(BACKOFF_S)
+                continue
             if reply in (Outcome.DONE, Outcome.CONFLICT):
                 break
         while (record := await self.record()) is None or record.status is Status.RUNNING:
