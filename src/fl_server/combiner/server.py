@@ -224,12 +224,12 @@ def _health(scheduler: Scheduler, guard: Guard, timeout_s: float) -> dict[str, g
         said = None
         while True:
             turn = scheduler.turn
+            if scheduler.stopping:  # alone: clients drop a message that comes together with such an end
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server stops")
             now = status() if request.value in known else _SERVICE_UNKNOWN
             if now != said:
                 await context.write(UInt32Value(value=now))
                 said = now
-            if scheduler.stopping:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server stops")
             await turn.wait()
 
     wire: dict[str, Any] = {
