@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SUITE = ("tests/crash/test_every_call.py", "tests/server/test_aggregation.py", "tests/server/test_patience.py")
+SUITE = (
+    "tests/crash/test_every_call.py",
+    "tests/server/test_aggregation.py",
+    "tests/server/test_patience.py",
+    "tests/server/test_review_intake.py",
+)
 
 MUTANTS = {
     "answered before the save": (
@@ -84,8 +89,8 @@ MUTANTS = {
     ),
     "what was replaced is compared with what the client announced": (
         "scheduler/intake.py",
-        "if not is_replaced(status):",
-        "if True:",
+        "if is_replaced(status):",
+        "if False:",
     ),
     "a spool that is away lets deadlines pass": (
         "scheduler/intake.py",

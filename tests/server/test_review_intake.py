@@ -28,7 +28,8 @@ from tests.virtual import Context
 
 
 async def deflated(world: World, client: VirtualClient, task: pb.TaskRequest, value: float) -> pb.ModelUpdate:
-    """An update that was uploaded as FEDn's helper writes it, and whose size and digest are announced."""
+    """An update that was uploaded as FEDn's helper writes it, and whose size and digest are announced: a file."""
+    world.scheduler.workshop.spool._small_bytes = 0
     out = io.BytesIO()
     np.savez_compressed(out, **{str(index): array for index, array in enumerate(filled(value))})  # type: ignore[arg-type]
     upload = await world.scheduler.workshop.spool.begin(client.id, "u")
