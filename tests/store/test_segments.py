@@ -194,6 +194,69 @@ async def test_one_that_is_replaced_is_a_file_from_then_on(tmp_path: Path, execu
         assert (one.content(name), one.used_bytes) == (spool.path(name), 20)
 
 
+async def test_a_replaced_one_is_the_file_also_beside_others_after_a_restart_and_goes_with_it(
+    tmp_path: Path, executor: Executor
+) -> None:
+    """Its segment stays for the other's sake, and still holds what was replaced."""
+    spool = await opened(tmp_path / "spool", executor)
+    name, other = [await received(spool, upload, b"deflated") for upload in "ab"]
+    (tmp_path / "inflated").write_bytes(b"inflated, and longer")
+    await spool.replace(name, tmp_path / "inflated")
+    spool = await opened(tmp_path / "spool", executor)
+    assert (spool.content(name), spool.used_bytes) == (spool.path(name), 28)
+    await spool.remove([name])
+    assert not spool.path(name).exists()
+    assert content(spool, other) == b"deflated"
+
+
+async def test_one_that_is_replaced_while_it_is_read_is_the_file(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = await opened(tmp_path, executor)
+    name = await received(spool, "a", b"deflated")
+    spool.path(name).write_bytes(b"inflated")
+
+    def moved(self: segments.Segments, name: str) -> bytes:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(segments.Segments, "read", moved)
+    assert spool.content(name) == spool.path(name)
+
+
+async def test_what_is_not_whole_is_not_moved_and_spoils_nothing(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 1000)
+    monkeypatch.setattr(segments, "RECENT_BYTES", 0)
+    spool = await opened(tmp_path, executor)
+    first, cut = [await received(spool, upload, bytes(2000)) for upload in "ab"]
+    await received(spool, "c", b"c")
+    os.truncate(tmp_path / "000000000002.segment", 1000)
+    whole = await received(spool, "d", b"d" * 50)
+    await spool.remove([first])
+    for segment in spool._segments._closed:  # as if others had left it
+        segment.end *= 10
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 10**6)  # what comes next lies behind what was moved
+    later = [await received(spool, upload, upload.encode() * 50) for upload in "efgh"]
+    assert await spool.missing([cut, whole, *later]) == {cut}
+    spool = await opened(tmp_path, executor)
+    assert spool.find("c", "b") is None, "it came back, with bytes that it never had"
+    assert [content(spool, name) for name in (whole, *later)] == [char * 50 for char in (b"d", b"e", b"f", b"g", b"h")]
+
+
+async def test_one_that_is_moved_while_it_is_looked_for_is_not_lost(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = await opened(tmp_path, executor)
+    name = await received(spool, "a", b"bytes")
+    former = spool._segments._places[name]
+    gone = segments._Place(segments._Segment(tmp_path / "gone.segment"), 0, 5, 0)
+    found = iter([gone, former, former])
+    places = type("Places", (dict,), {"get": lambda self, name: next(found)})
+    monkeypatch.setattr(spool._segments, "_places", places())
+    assert spool._segments.lost([name]) == set()
+
+
 async def test_its_copy_may_be_moved_away_and_it_is_restored_from_one(tmp_path: Path, executor: Executor) -> None:
     spool = await opened(tmp_path / "spool", executor)
     name = await received(spool, "a", b"bytes")

@@ -51,7 +51,7 @@ class Downloads:
         loaded: asyncio.Future[list[bytes] | None] = asyncio.get_running_loop().create_future()
         self._kept[model_id] = (loaded, 0)
         try:
-            messages, size_bytes = await self._load(model_id)
+            messages = await self._load(model_id)
         except BaseException:
             self._forget(model_id, loaded)
             loaded.set_exception(_LoaderLeft())
@@ -60,24 +60,23 @@ class Downloads:
         loaded.set_result(messages)
         if messages is None:
             self._forget(model_id, loaded)
-        elif (kept := self._kept.get(model_id)) and kept[0] is loaded:
-            self._kept[model_id] = (loaded, size_bytes)
         return messages
 
-    async def _load(self, model_id: str) -> tuple[list[bytes] | None, int]:
+    async def _load(self, model_id: str) -> list[bytes] | None:
         scheduler = self._scheduler
         known = await scheduler.insist(scheduler.store.get, Collection.MODELS, model_id)  # it may be any text
         size_bytes = await scheduler.insist(scheduler.models.size_bytes, model_id) if known else None
         if size_bytes is None:
             raise Missing(f"no model {model_id}")
         if size_bytes > self._kept_bytes:
-            return None, size_bytes
+            return None
         while sum(size for _, size in self._kept.values()) + size_bytes > self._kept_bytes:
             oldest = next(id for id, (_, size) in self._kept.items() if size)
             del self._kept[oldest]  # before the new one takes memory, too
+        self._kept[model_id] = (self._kept[model_id][0], size_bytes)
         path = await scheduler.insist(scheduler.models.local, model_id)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._disk, _read_messages, path, model_id), size_bytes
+        return await loop.run_in_executor(self._disk, _read_messages, path, model_id)
 
     def _forget(self, model_id: str, loaded: asyncio.Future[list[bytes] | None]) -> None:
         if (kept := self._kept.get(model_id)) and kept[0] is loaded:  # else others have taken its place

@@ -3,7 +3,8 @@
 A file of its own costs an upload of 100 kB thirty times as much as its bytes do. A segment is only appended to, and is
 removed when nothing in it is needed any more; one that holds little that is needed is emptied into the newest. After a
 crash it is read up to its first record that is not whole. What was dropped may be found again then: it is swept with
-what is too old. Methods are called on the loop, and only there, except read().
+what is too old. Methods are called on the loop, and only there, except
+read() and lost().
 """
 
 from __future__ import annotations
@@ -107,22 +108,26 @@ class Segments:
                 if self._places.get(name) is not place:  # it was moved meanwhile
                     continue
                 raise
-            if len(data) != place.size_bytes or (place.crc and zlib.crc32(data) != place.crc):
-                break
             return data
         raise FileNotFoundError(f"{name} is in no segment")
 
     def lost(self, names: Iterable[str]) -> set[str]:
-        """Those whose bytes are not on the disk. Blocking."""
+        """Those whose bytes are not on the disk. For any thread; blocking."""
         ends: dict[Path, int] = {}
         lost = set()
         for name in names:
-            if place := self._places.get(name):
+            while place := self._places.get(name):
                 path = place.segment.path
                 if path not in ends:
-                    ends[path] = path.stat().st_size if path.exists() else 0
-                if place.start + place.size_bytes > ends[path]:
+                    try:
+                        ends[path] = path.stat().st_size
+                    except FileNotFoundError:
+                        ends[path] = 0
+                if place.start + place.size_bytes <= ends[path]:
+                    break
+                if self._places.get(name) is place:  # else it was moved meanwhile
                     lost.add(name)
+                    break
         return lost
 
     async def append(self, name: str, chunks: Sequence[bytes]) -> None:
@@ -150,7 +155,8 @@ class Segments:
             return
         batch = [one for one in self._pending if not one.done.cancelled()]
         self._pending = []
-        moved = self._to_move()
+        # by itself: on a disk with little room it may fail where an upload would fit
+        moved = [] if batch else self._to_move()
         empty = [segment for segment in self._closed if not segment.live]
         if self._open and self._open.end and not self._open.live and not batch:
             empty.append(self._open)
@@ -296,8 +302,12 @@ def write_all(fd: int, parts: Sequence[bytes], at: int) -> None:
 
 
 def _read(place: _Place) -> bytes:
+    """Raises FileNotFoundError if it is not there, or not whole."""
     fd = os.open(place.segment.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.pread(fd, place.size_bytes, place.start)
+        data = os.pread(fd, place.size_bytes, place.start)
     finally:
         os.close(fd)
+    if len(data) != place.size_bytes or (place.crc and zlib.crc32(data) != place.crc):
+        raise FileNotFoundError(f"{place.segment.path.name}: {place.size_bytes} bytes at {place.start} are not whole")
+    return data

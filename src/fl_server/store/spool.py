@@ -79,22 +79,23 @@ class Spool:
     async def open(self) -> None:
         """Finds what an earlier process left: complete uploads stay, all files whose names end in ".part" go."""
 
-        def work() -> dict[str, int]:
+        def work() -> tuple[dict[str, int], dict[str, int]]:
             make_folder(self._folder, fsync=self._fsync)
-            sizes = self._segments.load()
+            files = {}
             with os.scandir(self._folder) as entries:
                 for entry in entries:
                     if entry.name.endswith(PART):
                         os.unlink(entry.path)
                     elif _NAME.fullmatch(entry.name):
-                        sizes[entry.name] = entry.stat().st_size
-            return sizes
+                        files[entry.name] = entry.stat().st_size
+            return self._segments.load(), files
 
-        for name, size_bytes in (await self._run("open", work)).items():
+        small, files = await self._run("open", work)
+        # a file has replaced what its segment still holds
+        self._segments.drop([name for name in small if name in files or not _NAME.fullmatch(name)])
+        for name, size_bytes in {**small, **files}.items():
             if _NAME.fullmatch(name):
                 self._keep(name, size_bytes)
-            else:
-                self._segments.drop([name])
 
     async def begin(self, client: str, upload: str) -> Upload:
         """Nothing is on disk yet. Whoever begins calls finish() or, in `finally`, abort()."""
@@ -117,7 +118,14 @@ class Spool:
         Raises FileNotFoundError, or the open of the path does, when it is gone.
         """
         path = self.path(name)
-        return self._segments.read(name) if name in self._segments else path
+        if name not in self._segments:
+            return path
+        try:
+            return self._segments.read(name)
+        except FileNotFoundError:
+            if path.exists():  # replaced meanwhile
+                return path
+            raise
 
     def in_memory(self, name: str) -> bytes | None:
         """The bytes of a small upload that came not long ago: no disk is touched."""
