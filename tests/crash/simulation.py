@@ -379,9 +379,10 @@ class Federation:
             await asyncio.sleep(5)  # virtual time: a user who looks now and then
 
     async def let_deadline_pass(self, life: Life) -> None:
-        """Of round 2, and of no other."""
+        """Of round 2, and of no other; and not before all are back: the window for that would end with it."""
         task = life.scheduler._sessions.get(SessionId(SESSION))
-        if task and (round := task._session.round) and round.record.number == 2:
+        everybody = len(life.scheduler.streams.attached()) == len(self.clients)
+        if everybody and task and (round := task._session.round) and round.record.number == 2:
             self.clock_is_ahead_s += max(0.0, round.record.deadline + 1.0 - self.clock())
             await life.scheduler.start(SESSION)  # refused: it only wakes the session
 

@@ -10,9 +10,7 @@ import pytest
 from tests.crash.on_services import OnServices
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(31, id="sample"), pytest.param(5, id="every fifth", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("step", [pytest.param(31, id="sample"), pytest.param(1, id="every", marks=pytest.mark.long)])
 def test_the_process_dies_before_its_kth_call_on_mongodb_and_s3(
     on_services: OnServices, step: int, tmp_path: Path
 ) -> None:
