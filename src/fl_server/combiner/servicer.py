@@ -20,6 +20,7 @@ from fl_client.wire import fl_pb2 as pb
 from fl_server.combiner import convert
 from fl_server.combiner.downloads import Downloads
 from fl_server.core.model import ClientId, Task, TaskKind, Verdict
+from fl_server.deadlines import Deadlines
 from fl_server.errors import Forbidden, Invalid, Missing
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.scheduler import Scheduler
@@ -60,6 +61,7 @@ class Servicer:
         """in_flight: None does not bound it."""
         self._scheduler, self._intake, self._downloads, self._limits = scheduler, intake, downloads, limits
         self._in_flight = in_flight or InFlight(sys.maxsize, limits.store_patience_s)
+        self.deadlines = scheduler.deadlines
         self._upload_turns = asyncio.Semaphore(limits.uploads_at_once)
         self._without_turn = asyncio.Semaphore(limits.uploads_at_once)
         self._ids: dict[str, ClientId] = {}  # what attached clients call themselves in metadata, if not by their id
@@ -96,7 +98,7 @@ class Servicer:
 
     async def _stream(self, client: ClientId, said: str, name: str, context: Context) -> None:
         scheduler = self._scheduler
-        async with asyncio.timeout(self._limits.store_patience_s):
+        with self.deadlines.within(self._limits.store_patience_s):
             mailbox = await scheduler.attach(client, name or client, context.peer())
         if said and said != client and len(said.encode()) <= MAX_ID_BYTES:
             self._ids.setdefault(said, client)
@@ -130,7 +132,7 @@ class Servicer:
         patience_s = self._limits.store_patience_s
         client = await self._sender(context, request.sender)
         if (task := convert.named_task(request, echo)) is None:
-            async with asyncio.timeout(patience_s):
+            with self.deadlines.within(patience_s):
                 task = await self._unnamed_task(client, request, echo)
         if task is None or task.client != client or task.kind is not TaskKind.TRAIN:
             reply: tuple[Any, str] = (Verdict.NOT_SELECTED, "no such task was issued to this client")
@@ -141,7 +143,7 @@ class Servicer:
 
     async def SendModelValidation(self, request: pb.ModelValidation, context: Context) -> pb.Response:
         scheduler = self._scheduler
-        async with asyncio.timeout(self._limits.store_patience_s):
+        with self.deadlines.within(self._limits.store_patience_s):
             client = await self._sender(context, request.sender)
             task = convert.validation_task(request)
             if request.failure:
@@ -155,7 +157,7 @@ class Servicer:
         return convert.response("ModelValidation", client)
 
     async def SendModelPrediction(self, request: pb.ModelPrediction, context: Context) -> pb.Response:
-        async with asyncio.timeout(self._limits.store_patience_s):
+        with self.deadlines.within(self._limits.store_patience_s):
             client = await self._sender(context, request.sender)
             document = convert.prediction_document(request, client, self._scheduler.clock())
             await self._scheduler.journal.record(Collection.PREDICTIONS, document)
@@ -163,14 +165,14 @@ class Servicer:
         return convert.response("ModelPrediction", client)
 
     async def SendModelMetric(self, request: pb.ModelMetric, context: Context) -> pb.Response:
-        async with asyncio.timeout(self._limits.store_patience_s):
+        with self.deadlines.within(self._limits.store_patience_s):
             client = await self._sender(context, request.sender)
             for document in convert.metric_documents(request, client, self._scheduler.clock()):
                 await self._scheduler.journal.record(Collection.METRICS, document)
         return pb.Response()
 
     async def SendAttributeMessage(self, request: pb.AttributeMessage, context: Context) -> pb.Response:
-        async with asyncio.timeout(self._limits.store_patience_s):
+        with self.deadlines.within(self._limits.store_patience_s):
             client = await self._sender(context, request.sender)
             for document in convert.attribute_documents(request, client, self._scheduler.clock()):
                 await self._scheduler.journal.record(Collection.ATTRIBUTES, document)
@@ -207,46 +209,29 @@ class Servicer:
 
     async def Upload(self, requests: AsyncIterable[pb.ModelRequest], context: Context) -> pb.ModelResponse:
         """Answered OK once the bytes are durable and found; each call starts a new one."""
-        limits, chunks, received_bytes, waited_s = self._limits, 0, 0, 0.0
-        upload: spooling.Upload | None = None
+        limits, spool = self._limits, self._scheduler.workshop.spool
         client = await self._sender(context, pb.Client())
-        share = self._in_flight.begin()
-        loop, stream = asyncio.get_running_loop(), aiter(requests)
-        async with Turn(self._upload_turns, self._without_turn) as turn, asyncio.timeout(None) as idle:
+        incoming = _Incoming(requests, limits, self.deadlines)
+        share, upload = self._in_flight.begin(), None
+        async with Turn(self._upload_turns, self._without_turn) as turn:
             try:
-                while True:
-                    begun_s = loop.time()
-                    earned_s = received_bytes / limits.upload_min_bytes_per_s - waited_s
-                    idle.reschedule(begun_s + limits.upload_idle_timeout_s + min(0.0, earned_s))
-                    request = await anext(stream, None)
-                    idle.reschedule(None)
-                    waited_s += loop.time() - begun_s
-                    if request is None:
-                        return _refused("", "the upload ended without its closing message (status OK)")
-                    if len(request.id) > MAX_ID_BYTES or len(request.id.encode()) > MAX_ID_BYTES:
-                        return _refused("", f"id: more than {MAX_ID_BYTES} bytes")
-                    data = request.data
+                while (request := await incoming.next()) is not None:
+                    id, data = request.id, request.data
+                    if why := incoming.fault(request):
+                        return _refused(id, why)
                     if upload is None:
-                        upload = await self._scheduler.workshop.spool.begin(client, request.id)
-                    chunks += 1
-                    received_bytes += len(data)
-                    if chunks > limits.upload_max_chunks:
-                        return _refused(
-                            request.id, f"more than upload_max_chunks ({limits.upload_max_chunks}) messages"
-                        )
-                    if received_bytes > limits.max_model_bytes:
-                        why = f"more than max_model_bytes ({limits.max_model_bytes}); the server's owner can raise it"
-                        return _refused(request.id, why)
+                        upload = await spool.begin(client, id)
                     try:
                         await share.take(len(data))
                     except Invalid as too_large:
-                        return _refused(request.id, str(too_large))
+                        return _refused(id, str(too_large))
                     if data and not upload.buffer(data):
                         await self._write(upload, data, turn)
                     if request.status == pb.OK:
-                        async with asyncio.timeout(limits.store_patience_s):
+                        with self.deadlines.within(limits.store_patience_s):
                             await self._scheduler.insist(upload.finish)
-                        return pb.ModelResponse(id=request.id, status=pb.OK, message="Got model successfully.")
+                        return pb.ModelResponse(id=id, status=pb.OK, message="Got model successfully.")
+                return _refused("", "the upload ended without its closing message (status OK)")
             finally:
                 share.end()
                 if upload:
@@ -255,9 +240,9 @@ class Servicer:
     async def Download(self, request: pb.ModelRequest, context: Context) -> None:
         """Writes serialized messages: the same bytes for everybody."""
         try:
-            async with asyncio.timeout(self._limits.store_patience_s) as patience:
+            with self.deadlines.within(self._limits.store_patience_s) as patience:
                 async for message in self._downloads.messages(request.id):
-                    patience.reschedule(None)  # from here on the client's reading is what takes time
+                    patience.move(None)  # from here on the client's reading is what takes time
                     await self._send(context, message, len(message))
         except Missing:
             gone = pb.ModelResponse(id=request.id, status=pb.FAILED, message=f"no model {request.id}")
@@ -266,7 +251,7 @@ class Servicer:
     async def _send(self, context: Context, message: Any, size_bytes: int) -> None:
         """Raises TimeoutError for a client that does not read."""
         limits = self._limits
-        async with asyncio.timeout(limits.upload_idle_timeout_s + size_bytes / limits.upload_min_bytes_per_s):
+        with self.deadlines.within(limits.upload_idle_timeout_s + size_bytes / limits.upload_min_bytes_per_s):
             await context.write(message)
 
     # ---- who and what
@@ -297,7 +282,7 @@ class Servicer:
 
     async def _recorded_name(self, client: ClientId) -> str | None:
         """For one that is not attached: after a restart, an upload may come before its stream."""
-        async with asyncio.timeout(self._limits.store_patience_s):
+        with self.deadlines.within(self._limits.store_patience_s):
             found = await self._scheduler.insist(self._scheduler.store.get, Collection.CLIENTS, client)
         return str(found["name"]) if found else None
 
@@ -305,7 +290,7 @@ class Servicer:
         client = self._attached_sender(context, sender)
         if client in self._scheduler.streams.attached():
             return client
-        async with asyncio.timeout(self._limits.store_patience_s):
+        with self.deadlines.within(self._limits.store_patience_s):
             return await self._scheduler.client_named(client) or client
 
     async def _unnamed_task(self, client: ClientId, update: pb.ModelUpdate, echo: dict[str, Any]) -> Task | None:
@@ -315,7 +300,7 @@ class Servicer:
         return await self._scheduler.task_of_model(client, update.model_id, update.model_update_id)
 
     async def _write(self, upload: spooling.Upload, data: bytes, turn: Turn) -> None:
-        async with asyncio.timeout(self._limits.store_patience_s):
+        with self.deadlines.within(self._limits.store_patience_s):
             while True:
                 try:
                     await self._scheduler.insist(upload.write, data)
@@ -327,6 +312,37 @@ class Servicer:
     def _note_stream(self, client: ClientId, name: str, verb: str) -> None:
         document = convert.stream_status(client, name, verb, self._scheduler.clock())
         self._scheduler.journal.offer(Collection.STATUSES, document)
+
+
+class _Incoming:
+    """The messages of an upload: how long each may take, and what all of them may be."""
+
+    def __init__(self, requests: AsyncIterable[pb.ModelRequest], limits: Limits, deadlines: Deadlines) -> None:
+        self._stream, self._limits, self._deadlines = aiter(requests), limits, deadlines
+        self._loop = asyncio.get_running_loop()
+        self._chunks, self._received_bytes, self._waited_s = 0, 0, 0.0
+
+    async def next(self) -> pb.ModelRequest | None:
+        """None at the end. Raises TimeoutError for a client that is too slow."""
+        began_s, limits = self._loop.time(), self._limits
+        earned_s = self._received_bytes / limits.upload_min_bytes_per_s - self._waited_s
+        with self._deadlines.within(limits.upload_idle_timeout_s + min(0.0, earned_s)):
+            request = await anext(self._stream, None)
+        self._waited_s += self._loop.time() - began_s
+        return request
+
+    def fault(self, request: pb.ModelRequest) -> str | None:
+        """Why it is refused."""
+        limits = self._limits
+        if len(request.id) > MAX_ID_BYTES or len(request.id.encode()) > MAX_ID_BYTES:
+            return f"id: more than {MAX_ID_BYTES} bytes"
+        self._chunks += 1
+        self._received_bytes += len(request.data)
+        if self._chunks > limits.upload_max_chunks:
+            return f"more than upload_max_chunks ({limits.upload_max_chunks}) messages"
+        if self._received_bytes > limits.max_model_bytes:
+            return f"more than max_model_bytes ({limits.max_model_bytes}); the server's owner can raise it"
+        return None
 
 
 class Turn:

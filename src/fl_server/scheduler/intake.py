@@ -82,7 +82,7 @@ class Intake:
     async def _submit(self, task: Task, announced: Announced, blob: str, fault: str | None, patience_s: float) -> Reply:
         valid = examples_fault(announced.num_examples) is None
         update = ModelUpdate(announced.update_id, blob, float(announced.num_examples) if valid else 0.0)
-        async with asyncio.timeout(patience_s):
+        with self._scheduler.deadlines.within(patience_s):
             return await self._scheduler.update(task, update, fault)
 
     async def _copy(self, task: Task, blob: str, patience_s: float) -> str | None:
@@ -99,13 +99,13 @@ class Intake:
         try:
             return await work(*args, **kwargs)
         except Unavailable:
-            async with asyncio.timeout(patience_s):
+            with self._scheduler.deadlines.within(patience_s):
                 return await self._scheduler.insist(work, *args, **kwargs)
 
     async def _check(self, blob: str, wanted: SessionRecord, announced: Announced, patience_s: float) -> str | None:
         loop, spool = asyncio.get_running_loop(), self._work.spool
         try:
-            async with asyncio.timeout(patience_s):
+            with self._scheduler.deadlines.within(patience_s):
                 layout = await self._layout(wanted)
         except Missing as gone:
             return f"the global model is gone: {gone}"
@@ -128,7 +128,7 @@ class Intake:
         checked = await self._insist(patience_s, check)
         if checked.stored:
             try:
-                async with asyncio.timeout(patience_s):
+                with self._scheduler.deadlines.within(patience_s):
                     await self._scheduler.insist(spool.replace, blob, stored)
             except BaseException:
                 await loop.run_in_executor(self._work.kernel, functools.partial(stored.unlink, missing_ok=True))

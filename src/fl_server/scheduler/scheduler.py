@@ -51,6 +51,7 @@ from fl_server.core.model import (
 )
 from fl_server.core.round import over
 from fl_server.core.session import Session
+from fl_server.deadlines import Deadlines
 from fl_server.errors import Conflict, Invalid, NotFound, Unavailable
 from fl_server.scheduler import records
 from fl_server.scheduler.aggregation import Workshop
@@ -98,6 +99,7 @@ class Scheduler:
         self.store, self.workshop, self.updates, self.clock = store, workshop, updates, clock
         self.models = workshop.models
         self.streams, self.calls, self.feed = ClientStreams(), Calls(), Feed(clock)
+        self.deadlines = Deadlines()  # of calls
         self._patience = patience or Patience()
         self.turn = asyncio.Event()  # see turned()
         self.outages = Outages(clock, self._patience.store_retry_s, self.turned)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import json
 import math
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -42,8 +44,12 @@ _LARGEST_INTEGER = 2**63 - 1
 
 _COMPARISONS = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _PUT_REPORT = """
-    insert into reports values (?, ?, ?, ?, ?) on conflict do update set seq = excluded.seq, report = excluded.report
+    insert into reports {rows} on conflict do update set seq = excluded.seq, report = excluded.report
     where seq < excluded.seq"""
+# Rows as one bound JSON array: a statement a row gives the GIL away and asks for it again each time, which cost the
+# event loop more than SQLite's own work.
+_ROWS = "select {columns} from json_each(?) where true"
+_PLAIN = re.compile(r"[ -~]*")  # what comes out of SQLite's JSON as it went in; it ends a text at NUL
 _AWAY = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
@@ -153,8 +159,12 @@ class SqliteStateStore:
         def work(db: sqlite3.Connection) -> None:
             with db:
                 db.execute("begin immediate")
-                for write in writes:
-                    _write(db, write)
+                for is_report, group in itertools.groupby(writes, lambda write: isinstance(write, PutReport)):
+                    if is_report:
+                        _put_reports(db, list(group))  # type: ignore[arg-type]
+                    else:
+                        for write in group:
+                            _write(db, write)
 
         await self._run(work)
 
@@ -166,7 +176,7 @@ class SqliteStateStore:
         def work(db: sqlite3.Connection) -> None:
             with db:
                 db.execute("begin immediate")
-                db.executemany(_insert(collection), (_row(collection, document) for document in documents))
+                _insert_all(db, collection, [_row(collection, document) for document in documents])
 
         await self._run(work)
 
@@ -258,14 +268,33 @@ def _write(db: sqlite3.Connection, write: Write) -> None:
                 for field, value in changes.items():
                     _set(document_now, field, value)
                 db.execute(f'update "{collection}" set document = ? where id = ?', (_dump(document_now), id))
-        case PutReport(round_id, client, update_id, seq, report):
-            db.execute(_PUT_REPORT, (round_id, client, update_id, seq, _dump(report)))
+        case PutReport():
+            _put_reports(db, [write])
         case _:
             assert_never(write)
 
 
-def _insert(collection: Collection) -> str:
-    return f'insert into "{collection}" (id, document) values (?, ?) on conflict do nothing'
+def _insert(collection: Collection, rows: str = "values (?, ?)") -> str:
+    return f'insert into "{collection}" (id, document) {rows} on conflict do nothing'
+
+
+def _insert_all(db: sqlite3.Connection, collection: Collection, rows: Sequence[tuple[str, str]]) -> None:
+    if len(rows) > 1 and all(_PLAIN.fullmatch(id) for id, _ in rows):
+        db.execute(_insert(collection, _columns(2)), (json.dumps(rows),))
+    else:
+        db.executemany(_insert(collection), rows)
+
+
+def _put_reports(db: sqlite3.Connection, writes: Sequence[PutReport]) -> None:
+    rows = [(one.round_id, one.client, one.update_id, one.seq, _dump(one.report)) for one in writes]
+    if len(rows) > 1 and all(_PLAIN.fullmatch(id) for row in rows for id in row[:3]):
+        db.execute(_PUT_REPORT.format(rows=_columns(5)), (json.dumps(rows),))
+    else:
+        db.executemany(_PUT_REPORT.format(rows="values (?, ?, ?, ?, ?)"), rows)
+
+
+def _columns(count: int) -> str:
+    return _ROWS.format(columns=", ".join(f"json_extract(value, '$[{index}]')" for index in range(count)))
 
 
 def _put(collection: Collection) -> str:
