@@ -45,13 +45,12 @@ from fl_server.scheduler.packages import Packages
 from fl_server.scheduler.scheduler import Patience, Scheduler
 from fl_server.scheduler.uploads import InFlight
 from fl_server.settings import Settings
-from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import BlobStore, StateStore
 from fl_server.store.spool import Spool
-from fl_server.store.sqlite import SqliteStateStore
 from fl_server.tls import Certificates, Made, private_certificates
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a store's module is imported by the server that uses it
+    from fl_server.store.files import FileBlobStore
     from fl_server.store.s3 import S3
 
 logger = logging.getLogger(__name__)
@@ -134,6 +133,8 @@ def owner_name(settings: Settings, program: str = "flserve") -> str:
 def state_store(settings: Settings, pools: Executors) -> StateStore:
     url = settings.mongo_url.get_secret_value()
     if not url:
+        from fl_server.store.sqlite import SqliteStateStore
+
         fsync = settings.durability != "process"
         return SqliteStateStore(settings.data_dir / "state.db", pools.state, fsync=fsync)
     from fl_server.store.mongo import MongoStateStore
@@ -169,6 +170,8 @@ def blob_stores(
     data, models, context = settings.data_dir, settings.s3_model_bucket, settings.s3_context_bucket
     fsync = settings.durability != "process"
     if not settings.s3_endpoint_url:
+        from fl_server.store.files import FileBlobStore
+
         folders = ("models", "updates", "packages")
         return [_opened_files(FileBlobStore(data / folder, pools.disk, fsync=fsync)) for folder in folders]
     from fl_server.store.s3 import opened
@@ -470,6 +473,9 @@ def _patient(settings: Settings) -> type[H11Protocol]:
 
 def openapi() -> dict[str, Any]:
     """The REST API's description. No store is opened for it and nothing runs."""
+    from fl_server.store.files import FileBlobStore
+    from fl_server.store.sqlite import SqliteStateStore
+
     nowhere = Path("nowhere")
     with executors() as pools:
         models, updates, archives = (FileBlobStore(nowhere, pools.disk) for _ in range(3))

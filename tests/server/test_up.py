@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -127,6 +128,27 @@ async def test_it_starts_again_on_the_data_of_one_that_was_killed(tmp_path: Path
         await server.kill()
         await server.start()
         assert (await http.get(f"{server.api_url}/api/v1/helpers/active")).json() == "numpyhelper"
+
+
+async def test_a_server_on_the_embedded_stores_imports_no_other_and_no_driver_of_one(tmp_path: Path) -> None:
+    async with ServerProcess(tmp_path / "data", environment={"PYTHONPROFILEIMPORTTIME": "1"}) as server:
+        lines = server.log.read_text().splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert {"fl_server.store.sqlite", "fl_server.store.files"} <= imported
+    others = {"fl_server.store.mongo", "motor", "pymongo", "bson"}
+    others |= {"fl_server.store.s3", "aioboto3", "aiobotocore", "boto3", "botocore", "aiohttp"}
+    assert not others & imported
+
+
+def test_a_server_on_mongodb_and_s3_imports_no_embedded_store() -> None:
+    code = (
+        "import sys; from fl_server.app import Settings, blob_stores, executors, state_store; "
+        "settings = Settings.load(None, {'mongo_url': 'mongodb://127.0.0.1', 's3_endpoint_url': 'http://127.0.0.1'})\n"
+        "with executors() as pools: state_store(settings, pools), blob_stores(settings, pools)\n"
+        "print(sorted(name for name in sys.modules if name.rpartition('.')[2] in ('sqlite', 'files', 'mongo', 's3')))"
+    )
+    imported = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert imported == "['fl_server.store.mongo', 'fl_server.store.s3']\n"
 
 
 # ---- when it cannot start
