@@ -77,8 +77,8 @@ compose-env: ## compose/.env with random passwords, for docker compose; one that
 demo: install ## five clients train on handwritten digits, in less than a minute
 	$(BIN)/flserve demo
 
-bench: install ## our rounds beside the limit: an hour on a busy machine, writes benchmarks/RESULTS.md
-	$(BIN)/python -m benchmarks
+bench: install ## our rounds beside the limit: an hour, writes benchmarks/RESULTS.md; BIG=1: also 100 MB x 100 and 1 GB x 4
+	$(BIN)/python -m benchmarks $(if $(BIG),--big)
 
 clean: ## remove .venv and the caches (never the data of a server)
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz dist

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from benchmarks import connections, memory, rounds, startup
+from benchmarks import connections, memory, rounds, startup, stores
 from benchmarks.processes import run
 from benchmarks.rounds import ROWS, Measured, Row, ratio
 
@@ -77,13 +77,18 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--clients", type=int, default=10_000, help="attached ones, in connections")
+    parser.add_argument("--big", action="store_true", help="memory of 100 MB x 100 and 1 GB x 4, too: 20 GB of disk")
     asked = parser.parse_args()
     head, done = machine(), []
     for row in ROWS:
         done.append((row, await rounds.measure(row, asked.turns)))
         print(rounds.line(*done[-1]), flush=True)
     lines = ["# What was measured", "", "`make bench` writes this file.", "", *head, "", *tables(done)]
-    lines += ["", "## Memory", "", *memory.report([await memory.measure(row) for row in memory.ROWS])]
+    async with stores.services() as running:
+        beside = [await stores.measure(row, asked.turns, running) for row in stores.ROWS]
+    lines += ["", "## MongoDB and S3 beside SQLite and files", "", *stores.report(beside)]
+    sizes = memory.ROWS + (memory.BIG_ROWS if asked.big else ())
+    lines += ["", "## Memory", "", *memory.report([await memory.measure(row) for row in sizes])]
     lines += ["", "## Connections", "", *connections.report(await connections.measure(asked.clients, 1_000))]
     lines += ["", "## Start", "", *startup.report(await startup.measure(5))]
     if (notes := HERE / "NOTES.md").exists():

@@ -14,32 +14,26 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.processes import run
-from benchmarks.rounds import Measured, Ours, Row, ratio, served
-from fl_server.services import Mongod, Weed
+from benchmarks.rounds import Measured, Ours, Row, in_turns, ratio, served
+from benchmarks.stores import Services, services
 
 ROWS = (Row(0.004, 8, 20, None), Row(4, 8, 8, None))
 EMBEDDED, SERVICES = ("process", "host"), ("process", "host", "site")
 
 
 async def measure(
-    row: Row, turns: int, durabilities: tuple[str, ...], environment: Mapping[str, str]
+    row: Row, turns: int, durabilities: tuple[str, ...], stores: Services | None = None
 ) -> dict[str, Measured]:
-    """One turn each to warm up, then `turns` each, in turns."""
+    """stores: None is SQLite and files."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flserve-bench-")))
         running: dict[str, Ours] = {}
         for name in durabilities:
-            own = {"FL_MONGO_DATABASE": name, "FL_S3_MODEL_BUCKET": name, "FL_S3_CONTEXT_BUCKET": f"{name}-context"}
+            own = stores.environment(f"{name}-{row.model_bytes}") if stores else {}
             (folder / name).mkdir()
-            opened = served("ours", row, folder / name, "--durability", name, environment={**environment, **own})
+            opened = served("ours", row, folder / name, "--durability", name, environment=own)
             running[name] = await stack.enter_async_context(opened)
-        measured = {name: Measured() for name in durabilities}
-        for turn in range(turns + 1):
-            for name, subject in running.items():
-                times = await subject.turn(row.rounds if turn else 1)
-                if turn:
-                    measured[name].round_s.append(median(times["durations_s"]))
-        return measured
+        return await in_turns(running, row, turns)
 
 
 def line(stores: str, row: Row, measured: Mapping[str, Measured]) -> str:
@@ -54,22 +48,9 @@ async def main() -> None:
     turns = parser.parse_args().turns
     for row in ROWS:
         print(line("SQLite and files", row, await measure(row, turns, EMBEDDED, {})), flush=True)
-    with tempfile.TemporaryDirectory(prefix="flserve-bench-") as folder:
-        mongod, weed = Mongod(Path(folder) / "mongod"), Weed(Path(folder) / "weed")
-        try:
-            await mongod.start()
-            await weed.start()
-            where = {
-                "FL_MONGO_URL": mongod.url,
-                "FL_S3_ENDPOINT_URL": weed.url,
-                "FL_S3_ACCESS_KEY": weed.access_key,
-                "FL_S3_SECRET_KEY": weed.secret_key,
-            }
-            for row in ROWS:
-                print(line("MongoDB and S3", row, await measure(row, turns, SERVICES, where)), flush=True)
-        finally:
-            await mongod.stop()
-            await weed.stop()
+    async with services() as running:
+        for row in ROWS:
+            print(line("MongoDB and S3", row, await measure(row, turns, SERVICES, running)), flush=True)
 
 
 if __name__ == "__main__":

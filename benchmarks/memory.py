@@ -14,7 +14,7 @@ from benchmarks.processes import peak_rss_bytes, run
 from benchmarks.rounds import Row, served
 
 ROWS = (Row(0.1, 10, 20, None), Row(1, 10, 20, None), Row(1, 100, 4, None), Row(100, 10, 3, None))
-BIG_ROWS = (Row(100, 100, 1, None), Row(1000, 4, 1, None))  # 20 GB and 8 GB a round
+BIG_ROWS = (Row(100, 100, 1, None), Row(1000, 4, 1, None))  # 10 GB and 4 GB a round
 BASE_MOST_BYTES, MODELS_MOST, WAITING_MOST_BYTES = 150_000_000, 4, 1_000_000
 
 
@@ -44,12 +44,14 @@ def report(measured: list[Measured]) -> list[str]:
     for one in measured:
         numbers = (one.started_bytes, one.peak_bytes, one.most_bytes)
         lines.append(f"| {one.row.name} | " + " | ".join(f"{number / 1e6:.0f}" for number in numbers) + " |")
+    if not set(BIG_ROWS) <= {one.row for one in measured}:
+        lines += ["", f"Not measured in this run: {'; '.join(row.name for row in BIG_ROWS)} (`make bench BIG=1`)."]
     return lines
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--big", action="store_true", help="also 100 MB x 100 and 1 GB x 4: 30 GB of disk, minutes")
+    parser.add_argument("--big", action="store_true", help="also 100 MB x 100 and 1 GB x 4: 20 GB of disk")
     parser.add_argument(
         "--rows", default="", help="indices of the rows, comma-separated; default: all but the big ones"
     )

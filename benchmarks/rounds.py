@@ -143,31 +143,35 @@ async def served(
 
 
 async def measure(row: Row, turns: int, subjects: Sequence[str] = SUBJECTS) -> dict[str, Measured]:
-    """One turn each to warm up, then `turns` each, in turns."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flserve-bench-")))
         running: dict[str, Subject] = {}
         for name in subjects:
             made = bare(name, row) if name in ("limit", "wire") else served(name, row, folder)
             running[name] = await stack.enter_async_context(made)
-        measured = {name: Measured() for name in subjects}
-        for turn in range(turns + 1):
-            for name, subject in running.items():
-                before_s = cpu_s(subject.pid)
-                times = await subject.turn(row.rounds if turn else 1)
-                if turn:
-                    rounds = row.rounds if name == "limit" else row.rounds + 1
-                    measured[name].cpu_s.append((cpu_s(subject.pid) - before_s) / rounds)
-                    measured[name].round_s.append(median(times["durations_s"]))
-                    for into, key in (
-                        (measured[name].dead_s, "dead_s"),
-                        (measured[name].answered_dead_s, "answered_dead_s"),
-                    ):
-                        if times[key]:
-                            into.append(median(times[key]))
+        return await in_turns(running, row, turns)
+
+
+async def in_turns(running: Mapping[str, Subject], row: Row, turns: int) -> dict[str, Measured]:
+    """One turn each to warm up, then `turns` each, in turns."""
+    measured = {name: Measured() for name in running}
+    for turn in range(turns + 1):
         for name, subject in running.items():
-            measured[name].peak_rss_bytes = peak_rss_bytes(subject.pid)
-        return measured
+            before_s = cpu_s(subject.pid)
+            times = await subject.turn(row.rounds if turn else 1)
+            if turn:
+                rounds = row.rounds if name == "limit" else row.rounds + 1
+                measured[name].cpu_s.append((cpu_s(subject.pid) - before_s) / rounds)
+                measured[name].round_s.append(median(times["durations_s"]))
+                for into, key in (
+                    (measured[name].dead_s, "dead_s"),
+                    (measured[name].answered_dead_s, "answered_dead_s"),
+                ):
+                    if times[key]:
+                        into.append(median(times[key]))
+    for name, subject in running.items():
+        measured[name].peak_rss_bytes = peak_rss_bytes(subject.pid)
+    return measured
 
 
 def ratio(measured: dict[str, Measured], above: str, below: str) -> float:

@@ -45,6 +45,11 @@ class Service:
         self.log = folder / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     async def start(self) -> None:
         """Returns when it answers. Raises RuntimeError with the log's end if it stops instead, or says nothing."""
         self._process = process = self._launch()
@@ -120,8 +125,12 @@ class Mongod(Service):
 class Weed(Service):
     """SeaweedFS: master, volume server, filer and S3 in one process."""
 
-    def __init__(self, folder: Path, *, access_key: str = "fl", secret_key: str = "fl-secret") -> None:
+    def __init__(
+        self, folder: Path, *, access_key: str = "fl", secret_key: str = "fl-secret", volume_mb: int = 64
+    ) -> None:
+        """volume_mb: of one of its files, of which each bucket gets seven; a blob that needs a new one waits 1 s."""
         super().__init__(folder, "weed", self._line, self._serves)
+        self._volume_mb = volume_mb
         self.access_key, self.secret_key = access_key, secret_key
         self._ports = free_ports(8)
         self.url = f"http://127.0.0.1:{self._ports[0]}"
@@ -146,7 +155,7 @@ class Weed(Service):
             f"-s3.config={config}",
             "-s3.port.iceberg=0",  # fixed ports, of which there would be one a machine
             "-s3.port.lance=0",
-            "-master.volumeSizeLimitMB=64",
+            f"-master.volumeSizeLimitMB={self._volume_mb}",
             "-master.telemetry=false",
             "-volume.max=0",
         ]
