@@ -16,6 +16,7 @@ from benchmarks.rounds import Row, served
 ROWS = (Row(0.1, 10, 20, None), Row(1, 10, 20, None), Row(1, 100, 4, None), Row(100, 10, 3, None))
 BIG_ROWS = (Row(100, 100, 1, None), Row(1000, 4, 1, None))  # 10 GB and 4 GB a round
 BASE_MOST_BYTES, MODELS_MOST, WAITING_MOST_BYTES = 150_000_000, 4, 1_000_000
+BOUND_FROM_MB = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,10 @@ class Measured:
     peak_bytes: int
 
     @property
-    def most_bytes(self) -> int:
-        """150 MB, four models, and 1 MB for every upload that waits beyond those of ten clients."""
+    def most_bytes(self) -> int | None:
+        """150 MB, four models, 1 MB for every upload that waits beyond those of ten clients; of large models only."""
+        if self.row.model_mb < BOUND_FROM_MB:
+            return None
         waiting = max(0, self.row.clients - 10)
         return BASE_MOST_BYTES + MODELS_MOST * self.row.model_bytes + WAITING_MOST_BYTES * waiting
 
@@ -43,7 +46,9 @@ def report(measured: list[Measured]) -> list[str]:
     lines = ["| model, clients | attached, MB | peak, MB | at most, MB |", "|---|---|---|---|"]
     for one in measured:
         numbers = (one.started_bytes, one.peak_bytes, one.most_bytes)
-        lines.append(f"| {one.row.name} | " + " | ".join(f"{number / 1e6:.0f}" for number in numbers) + " |")
+        lines.append(
+            f"| {one.row.name} | " + " | ".join(f"{number / 1e6:.0f}" if number else "–" for number in numbers) + " |"
+        )
     if not set(BIG_ROWS) <= {one.row for one in measured}:
         lines += ["", f"Not measured in this run: {'; '.join(row.name for row in BIG_ROWS)} (`make bench BIG=1`)."]
     return lines

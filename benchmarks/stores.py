@@ -88,16 +88,17 @@ def report(measured: Sequence[Beside]) -> list[str]:
         "A round, ms: in brackets the server's CPU. Dead: of it, from the last report's sending to the next task.",
         "mongod and weed (SeaweedFS): their CPU.",
         "",
-        f"| MB, clients | {EMBEDDED} | {SERVICES} | ratio | at most | dead, ms | mongod | weed |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| MB, clients | {EMBEDDED} | {SERVICES} | ratio | at most | dead, ms | peak RSS, MB | mongod | weed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for beside in measured:
         row, one = beside.row, [beside.rounds[name] for name in (EMBEDDED, SERVICES)]
         times = " | ".join(f"{median(of.round_s) * 1e3:.0f} ({median(of.cpu_s) * 1e3:.0f})" for of in one)
         dead = " : ".join(f"{median(of.dead_s) * 1e3:.0f}" for of in one)
         between = f"**{median(beside.ratios):.2f}** ({min(beside.ratios):.2f}–{max(beside.ratios):.2f})"
+        rss = " : ".join(f"{of.peak_rss_bytes / 1e6:.0f}" for of in one)
         cpu = f"{beside.mongod_cpu_s * 1e3:.0f} | {beside.weed_cpu_s * 1e3:.0f}"
-        lines.append(f"| {row.name} | {times} | {between} | {row.most:g} | {dead} | {cpu} |")
+        lines.append(f"| {row.name} | {times} | {between} | {row.most:g} | {dead} | {rss} | {cpu} |")
     return lines
 
 

@@ -28,8 +28,8 @@ from fl_server.store.disk import PART, disk_errors, make_folder, place
 
 T = TypeVar("T")
 
-PART_BYTES = 16 * 2**20  # of a multipart upload, and of what a download holds in memory
-MULTIPART_BYTES = 64 * 2**20  # larger blobs are put in parts
+PART_BYTES = 8 * 2**20  # of a multipart upload, and of what a download holds in memory; the driver copies each
+MULTIPART_BYTES = 32 * 2**20  # larger blobs are put in parts
 PARTS_AT_ONCE = 4
 OPEN_TIMEOUT_S = 8.0
 _CONNECT_TIMEOUT_S = 3.0
