@@ -61,7 +61,7 @@ async def main() -> None:
         "--rows", default="", help="indices of the rows, comma-separated; default: all but the big ones"
     )
     asked = parser.parse_args()
-    rows = ROWS + BIG_ROWS if asked.big else ROWS
+    rows: tuple[Row, ...] = ROWS + BIG_ROWS if asked.big else ROWS
     if asked.rows:
         rows = tuple((ROWS + BIG_ROWS)[int(index)] for index in asked.rows.split(","))
     print("\n".join(report([await measure(row) for row in rows])))
