@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from benchmarks import connections, memory, rounds, startup, stores
+from benchmarks import connections, lag, memory, rounds, startup, stores
 from benchmarks.processes import run
 from benchmarks.rounds import ROWS, Measured, Row, ratio
 
@@ -90,6 +90,7 @@ async def main() -> None:
     sizes = memory.ROWS + (memory.BIG_ROWS if asked.big else ())
     lines += ["", "## Memory", "", *memory.report([await memory.measure(row) for row in sizes])]
     lines += ["", "## Connections", "", *connections.report(await connections.measure(asked.clients, 1_000))]
+    lines += ["", "## What holds the loop", "", *lag.report(await lag.measure_all(asked.clients))]
     lines += ["", "## Start", "", *startup.report(await startup.measure(5))]
     if (notes := HERE / "NOTES.md").exists():
         lines += ["", notes.read_text().rstrip()]

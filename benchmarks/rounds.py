@@ -84,7 +84,8 @@ class Ours:
     """A session on our server; each turn continues it."""
 
     def __init__(self, server: ServerProcess, fleet: Child, http: httpx.AsyncClient, session_id: str) -> None:
-        self.pid, self.api_url, self.attach_s = server.pid, server.api_url, float(fleet.said["attach_s"])
+        self.process, self.pid, self.api_url = server, server.pid, server.api_url
+        self.attach_s = float(fleet.said["attach_s"])
         self._fleet, self._http, self._session_id = fleet, http, session_id
 
     async def turn(self, rounds: int) -> dict[str, list[float]]:
@@ -120,10 +121,18 @@ async def bare(name: str, row: Row) -> AsyncIterator[_Bare]:
 
 @asynccontextmanager
 async def served(
-    dialect: str, row: Row, folder: Path, *settings: str, environment: Mapping[str, str] | None = None
+    dialect: str,
+    row: Row,
+    folder: Path,
+    *settings: str,
+    environment: Mapping[str, str] | None = None,
+    module: str = "fl_server.cli",
 ) -> AsyncIterator[Ours]:
+    """module: what is run as `flserve`."""
     async with AsyncExitStack() as stack:
-        process = ServerProcess(folder / dialect, "--log-level", "WARNING", *settings, environment=environment)
+        process = ServerProcess(
+            folder / dialect, "--log-level", "WARNING", *settings, environment=environment, module=module
+        )
         server = await stack.enter_async_context(process)
         http = await stack.enter_async_context(httpx.AsyncClient(base_url=server.api_url, timeout=120))
         fleet = await stack.enter_async_context(

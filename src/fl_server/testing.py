@@ -221,10 +221,16 @@ class ServerProcess:
     """`flserve up` as a process: start, kill and start again on the same data and ports."""
 
     def __init__(
-        self, data_dir: Path, *arguments: str, environment: Mapping[str, str] | None = None, wait_s: float = 60.0
+        self,
+        data_dir: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        wait_s: float = 60.0,
+        module: str = "fl_server.cli",
     ) -> None:
-        """environment: FL_* variables; those of this process are not handed on."""
+        """environment: FL_* variables; those of this process are not handed on. module: what is run as `flserve`."""
         self.data_dir, self._arguments, self._wait_s = data_dir, arguments, wait_s
+        self._module = module
         self._environment = dict(environment or {})
         self._ports = (0, 0)
         self._process: asyncio.subprocess.Process | None = None
@@ -251,7 +257,7 @@ class ServerProcess:
         environment |= self._environment
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "fl_server.cli", "up", *where, *ports, *self._arguments),
+                *(sys.executable, "-m", self._module, "up", *where, *ports, *self._arguments),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 env=environment,
