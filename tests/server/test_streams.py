@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,22 @@ async def test_many_downloads_at_once_give_the_same_bytes_though_the_first_is_ca
 
 
 # ---- everything else that a client calls
+
+
+async def test_calls_leave_nothing_that_only_the_garbage_collector_frees() -> None:
+    """With 10,000 clients it would find so much that it holds the loop."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with Federation() as federation, clients(federation, "a") as (client,):
+            await started(federation)
+            task = await client.task()
+            await client.download(task.model_id)
+            assert (await client.train(task, 1.0)).verdict == pb.VERDICT_ACCEPTED
+        left = [one for one in gc.get_objects() if isinstance(one, AsyncGenerator)]
+        assert not [one for one in left if "message_receiver" in one.__qualname__]
+    finally:
+        gc.enable()
 
 
 async def test_heartbeats_and_whether_clients_are_accepted_are_answered() -> None:

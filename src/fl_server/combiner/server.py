@@ -207,7 +207,8 @@ def _with_message(behaviour: Handler, deadlines: Deadlines, timeout_s: float) ->
 
     async def call(_: Any, context: Context) -> Any:
         with deadlines.within(timeout_s):
-            request = await context.read()  # not by iteration: a generator that is left costs a task to close
+            # not of the iterator: grpc.aio's is a cycle with a finalizer that the garbage collector finds, one a call
+            request = await context.read()
         if request is grpc.aio.EOF:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
         return await behaviour(request, context)

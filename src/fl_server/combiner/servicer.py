@@ -218,7 +218,7 @@ class Servicer:
                 while (request := await incoming.next()) is not None:
                     id, data = request.id, request.data
                     if why := incoming.fault(request):
-                        return _refused(id, why)
+                        return _refused(id[:MAX_ID_BYTES], why)
                     if upload is None:
                         upload = await spool.begin(client, id)
                     try:
