@@ -1,12 +1,18 @@
-"""Events that a session finds in its inbox together: their saves are one write, and nothing is mixed up by that."""
+"""Events that a session finds in its inbox together: their saves are one write, and nothing is mixed up by that.
+
+And what it does for many clients at once, which is done in portions.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from itertools import pairwise
 from typing import Any
 
 from fl_client.wire import fl_pb2 as pb
 from fl_server.core.events import Aggregated, ClientAttached, Event
 from fl_server.core.model import ClientId, SessionId
+from fl_server.scheduler.session_task import ISSUED_AT_ONCE
 from tests.server.virtual_world import World, on_virtual_time
 
 
@@ -38,3 +44,14 @@ async def test_who_attaches_together_with_a_commit_gets_the_former_models_valida
         (pb.MODEL_VALIDATION, 2),
         (pb.MODEL_UPDATE, 3),
     ]
+
+
+@on_virtual_time
+async def test_the_tasks_of_many_clients_go_out_in_portions_between_which_others_have_their_turn(world: World) -> None:
+    many = await world.clients(*(f"c{index}" for index in range(3 * ISSUED_AT_ONCE)))
+    await world.started()
+    issued = [0]
+    while issued[-1] < len(many):
+        await asyncio.sleep(0)  # to the next turn of the loop
+        issued.append(sum(client.tasks.qsize() for client in many))
+    assert max(after - before for before, after in pairwise(issued)) <= ISSUED_AT_ONCE
