@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -23,10 +25,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fl_client.wire import codec
+from fl_server.app import COUNT_OBJECTS_EVERY_S, QUIET_GROWTH, short_collections
 from fl_server.cli import app
 from fl_server.settings import Settings
 from fl_server.testing import ServerProcess
 from tests.server.wire_client import WAIT_S, WireClient, filled
+from tests.virtual import virtual_loop
 
 ANY_PORTS = ("--api-port", "0", "--grpc-port", "0")
 
@@ -310,6 +314,31 @@ def test_settings_lists_each_with_its_variable() -> None:
 @pytest.mark.parametrize("arguments", [["dance"], ["up", "--colour"], ["up", "--api-port", "http"]])
 def test_a_wrong_command_line_is_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
+
+
+def test_garbage_among_what_collections_leave_alone_is_found_once_it_has_grown_and_nothing_runs() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    is_quiet = False
+
+    async def main() -> None:
+        nonlocal is_quiet
+        async with short_collections(lambda: is_quiet):
+            cycles = [Cycle() for _ in range(QUIET_GROWTH)]
+            first = weakref.ref(cycles[0])
+            gc.collect()
+            del cycles
+            gc.collect()
+            await asyncio.sleep(COUNT_OBJECTS_EVERY_S + 1)
+            assert first() is not None
+            is_quiet = True
+            await asyncio.sleep(COUNT_OBJECTS_EVERY_S)
+            assert first() is None
+
+    with virtual_loop() as loop:
+        loop.run_until_complete(main())
 
 
 async def test_it_may_open_as_many_files_as_the_system_lets_it(tmp_path: Path) -> None:
