@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import uvloop
 
 from fl_server import commands
 from fl_server.commands import EXIT_CODES, Exit, Format, fail
@@ -132,7 +133,8 @@ def up(
         sys.stdout.flush()
 
     try:
-        asyncio.run(run(settings, ready))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run(settings, ready))
     except Invalid as wrong:  # a key or a certificate
         raise fail(wrong, Exit.USAGE) from None
     except FlserveError as why:

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,6 +26,7 @@ KINDS = {
     TaskKind.VALIDATE: pb.MODEL_VALIDATION,
     TaskKind.PREDICT: pb.MODEL_PREDICTION,
 }
+LARGE_CHUNK_BYTES = 64 * 1024
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 VERDICTS = {
     Verdict.ACCEPTED: pb.VERDICT_ACCEPTED,
@@ -115,6 +117,58 @@ def response(what: str, client: str, verdict: Verdict | None = None, reason: str
 
 
 # ---- updates
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Of an upload: what is needed of a ModelRequest."""
+
+    id: str
+    data: bytes | memoryview
+    status: int
+
+
+def chunk(message: bytes) -> Chunk:
+    """A ModelRequest. A large one's data stay where they are: protobuf would copy them. Raises DecodeError."""
+    if len(message) >= LARGE_CHUNK_BYTES and (found := _data_field(message)):
+        begin, data, end = found
+        rest = pb.ModelRequest.FromString(message[:begin] + message[end:])
+        if not rest.data:  # of two it is the last that counts
+            return Chunk(rest.id, memoryview(message)[data:end], rest.status)
+    whole = pb.ModelRequest.FromString(message)
+    return Chunk(whole.id, whole.data, whole.status)
+
+
+def _data_field(message: bytes) -> tuple[int, int, int] | None:
+    """Where the first field 3 begins, its bytes do, and it ends; None if it is not plain to see.
+
+    Protocol Buffers, Encoding: each field is a varint (number << 3 | wire type), then a varint (wire type 0), or
+    (2) a varint that says how many bytes follow.
+    """
+    at = 0
+    try:
+        while at < len(message):
+            begin = at
+            key, at = _varint(message, at)
+            value, at = _varint(message, at)
+            if key & 7 not in (0, 2):
+                return None
+            end = at + (value if key & 7 == 2 else 0)
+            if key == 3 << 3 | 2:
+                return (begin, at, end) if end <= len(message) else None
+            at = end
+    except IndexError:
+        pass
+    return None
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """The number there, and where it ends. Raises IndexError."""
+    value = shift = 0
+    while (byte := message[at]) & 0x80:
+        value |= (byte & 0x7F) << shift
+        shift, at = shift + 7, at + 1
+    return value | byte << shift, at + 1
 
 
 def announced(update: pb.ModelUpdate, meta: dict[str, Any]) -> Announced:

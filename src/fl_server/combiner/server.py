@@ -23,6 +23,7 @@ from google.protobuf.wrappers_pb2 import StringValue, UInt32Value
 from fl_client.wire import fl_pb2 as pb
 from fl_server import log
 from fl_server.auth import EXPIRED, Gate, Identity, Role, roles_of_rpc
+from fl_server.combiner import convert
 from fl_server.combiner.servicer import Servicer, address_of, metadata, token_of
 from fl_server.core.model import ClientId
 from fl_server.deadlines import Deadlines
@@ -284,7 +285,9 @@ async def _abort_unread(context: Context, why: str) -> None:
 
 
 def _reader(method: Any) -> Callable[[bytes], Any]:
-    parse = GetMessageClass(method.input_type).FromString
+    parse: Callable[[bytes], Any] = GetMessageClass(method.input_type).FromString
+    if method.name == "Upload":
+        parse = convert.chunk
 
     def read(data: bytes) -> Any:
         try:

@@ -207,7 +207,9 @@ class Servicer:
 
     # ---- ModelService
 
-    async def Upload(self, requests: AsyncIterable[pb.ModelRequest], context: Context) -> pb.ModelResponse:
+    async def Upload(
+        self, requests: AsyncIterable[pb.ModelRequest | convert.Chunk], context: Context
+    ) -> pb.ModelResponse:
         """Answered OK once the bytes are durable and found; each call starts a new one."""
         limits, spool = self._limits, self._scheduler.workshop.spool
         client = await self._sender(context, pb.Client())
@@ -299,7 +301,7 @@ class Servicer:
             return await self._scheduler.task_of_round(client, *named)
         return await self._scheduler.task_of_model(client, update.model_id, update.model_update_id)
 
-    async def _write(self, upload: spooling.Upload, data: bytes, turn: Turn) -> None:
+    async def _write(self, upload: spooling.Upload, data: bytes | memoryview, turn: Turn) -> None:
         with self.deadlines.within(self._limits.store_patience_s):
             while True:
                 try:
@@ -317,12 +319,14 @@ class Servicer:
 class _Incoming:
     """The messages of an upload: how long each may take, and what all of them may be."""
 
-    def __init__(self, requests: AsyncIterable[pb.ModelRequest], limits: Limits, deadlines: Deadlines) -> None:
+    def __init__(
+        self, requests: AsyncIterable[pb.ModelRequest | convert.Chunk], limits: Limits, deadlines: Deadlines
+    ) -> None:
         self._stream, self._limits, self._deadlines = aiter(requests), limits, deadlines
         self._loop = asyncio.get_running_loop()
         self._chunks, self._received_bytes, self._waited_s = 0, 0, 0.0
 
-    async def next(self) -> pb.ModelRequest | None:
+    async def next(self) -> pb.ModelRequest | convert.Chunk | None:
         """None at the end. Raises TimeoutError for a client that is too slow."""
         began_s, limits = self._loop.time(), self._limits
         earned_s = self._received_bytes / limits.upload_min_bytes_per_s - self._waited_s
@@ -331,7 +335,7 @@ class _Incoming:
         self._waited_s += self._loop.time() - began_s
         return request
 
-    def fault(self, request: pb.ModelRequest) -> str | None:
+    def fault(self, request: pb.ModelRequest | convert.Chunk) -> str | None:
         """Why it is refused."""
         limits = self._limits
         if len(request.id) > MAX_ID_BYTES or len(request.id.encode()) > MAX_ID_BYTES:

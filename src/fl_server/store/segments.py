@@ -24,7 +24,7 @@ from pathlib import Path
 from fl_server.store.disk import disk_errors, sync
 
 SEGMENT_BYTES = 32 * 1024 * 1024  # a larger one is closed
-RECENT_BYTES = 32 * 1024 * 1024  # of what was written last, still in memory
+RECENT_BYTES = 128 * 1024 * 1024  # of what was written last, still in memory
 _RECORD = struct.Struct("<4sIQ56s")  # magic, CRC-32 of the bytes (0: not taken), their number, the name
 _MAGIC = b"fl\x01u"
 _FILE = re.compile(r"[0-9]{12}\.segment")
@@ -199,7 +199,7 @@ class Segments:
         self, target: _Segment, records: Sequence[tuple[str, Sequence[bytes], int]]
     ) -> list[tuple[str, int, int, int]]:
         """In the executor. Name, start, size and CRC of each."""
-        written, parts, at = [], list[bytes](), target.end
+        written, parts, at = [], list[bytes | memoryview](), target.end
         for name, chunks, size_bytes in records:
             crc = 0
             if self._fsync:  # after a loss of power a record may be there whose bytes are not
@@ -288,7 +288,7 @@ def _leave(place: _Place, name: str) -> None:
     place.segment.live_bytes -= place.size_bytes
 
 
-def write_all(fd: int, parts: Sequence[bytes], at: int) -> None:
+def write_all(fd: int, parts: Sequence[bytes | memoryview], at: int) -> None:
     """All of them, one after the other, from this offset on."""
     for first in range(0, len(parts), _MOST_PARTS):
         left = [memoryview(part) for part in parts[first : first + _MOST_PARTS] if part]

@@ -338,7 +338,7 @@ class Upload:
     def __init__(self, spool: Spool, number: int, stem: str, part: Path) -> None:
         """number: grows from one to the next."""
         self._spool, self.number, self._stem, self._part = spool, number, stem, part
-        self._chunks: list[bytes] = []  # behind what is in the part file
+        self._chunks: list[bytes | memoryview] = []  # behind what is in the part file
         self._chunks_bytes = 0
         self._flushed_bytes = 0
         self._name = ""  # once finish() was called
@@ -348,7 +348,7 @@ class Upload:
     def size_bytes(self) -> int:
         return self._flushed_bytes + self._chunks_bytes
 
-    def buffer(self, data: bytes) -> bool:
+    def buffer(self, data: bytes | memoryview) -> bool:
         """write() where that touches no disk; False: nothing was taken, and write() is needed."""
         fits = self._spool._used_bytes + len(data) <= self._spool._max_bytes
         if not fits or self._name or self._aborted or self._chunks_bytes + len(data) > _PIECE_BYTES:
@@ -358,7 +358,7 @@ class Upload:
         self._chunks_bytes += len(data)
         return True
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         """Raises SpoolFull."""
         if self._name or self._aborted:
             raise AssertionError("write after finish or abort")
@@ -415,7 +415,8 @@ class Upload:
                 await self._run("finish", work)
             else:
                 with self._needing_room():
-                    await self._spool._segments.append(name, self._chunks)
+                    # where they are read again they are to be aligned
+                    await self._spool._segments.append(name, [bytes(chunk) for chunk in self._chunks])
             self._finished = True
             self._spool._failed_bytes = 0
             self._spool._release(self.size_bytes)
