@@ -590,3 +590,43 @@ async def test_a_lost_upload_is_restored_from_a_copy_which_stays(spool: Spool, f
     assert await spool.missing([name]) == set()
     assert (spool.find("a", "u"), spool.used_bytes, files(folder)) == (name, 5, [name])
     assert copy.read_bytes() == b"bytes"
+
+
+# ---- files that are written over
+
+LARGE = 3 * MIB
+
+
+async def test_a_removed_uploads_file_is_written_over_by_the_next_one(folder: Path, executor: Executor) -> None:
+    spool = await opened(folder, executor)
+    name = await received(spool, "c", "u", b"a" * (LARGE + 5))
+    number = spool.path(name).stat().st_ino
+    await spool.remove([name])
+    assert spool.used_bytes == 0
+    next_one = await received(spool, "c", "v", b"b" * LARGE)
+    assert spool.path(next_one).stat().st_ino == number
+    assert spool.path(next_one).read_bytes() == b"b" * LARGE
+    assert len(files(folder)) == 1
+
+
+async def test_what_somebody_keeps_is_not_written_over(folder: Path, executor: Executor) -> None:
+    spool = await opened(folder, executor)
+    name, kept = await received(spool, "c", "u", b"a" * LARGE), folder.parent / "kept"
+    async with spool.linked(name) as link:
+        link.rename(kept)
+    await spool.remove([name])
+    await received(spool, "c", "v", b"b" * LARGE)
+    assert kept.read_bytes() == b"a" * LARGE
+
+
+async def test_files_to_write_over_are_within_the_spools_size_and_go_at_a_restart(
+    folder: Path, executor: Executor
+) -> None:
+    spool = await opened(folder, executor, max_bytes=2 * LARGE)
+    names = [await received(spool, "c", f"{number}", b"a" * LARGE) for number in range(2)]
+    await spool.remove(names[:1])
+    assert len(files(folder)) == 1  # the other one is still there
+    await spool.remove(names[1:])
+    assert len(files(folder)) == 1
+    await opened(folder, executor)
+    assert files(folder) == []

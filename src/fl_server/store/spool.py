@@ -17,7 +17,7 @@ import shutil
 import stat
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from fl_server.store.segments import Segments, write_all
 T = TypeVar("T")
 
 _PIECE_BYTES = 2 * 1024 * 1024  # of a large upload, written at a time
+_MOST_SPARES = 16  # files of removed uploads, to be written over: new pages cost three times as much as their bytes
 _REMOVED_AT_ONCE = 256  # then others get their turn in the executor
 _NAME = re.compile(r"[0-9a-f]{32}\.[0-9]{20}")
 _REPLACED_MODE = 0o440  # uploads can be written, replaced files cannot: a mark that is set with the name
@@ -72,6 +73,7 @@ class Spool:
         self._last_nonce = 0
         self._parts = itertools.count()
         self._held: Counter[str] = Counter()
+        self._spares: dict[Path, int] = {}  # their bytes; with the uploads' they are within max_bytes
         self._segments = Segments(folder, executor, fsync=fsync)
         self._waiting: dict[Upload, Waiter] = {}
         self._failed_bytes = 0  # what an upload needs that met a disk without room, until another one is complete
@@ -244,9 +246,32 @@ class Spool:
         names = [name for name in names if name not in small]
         for start in range(0, len(names), _REMOVED_AT_ONCE):
             batch = names[start : start + _REMOVED_AT_ONCE]
-            await self._run("remove", partial(_unlink, [self.path(name) for name in batch]))
+            spares = {self.path(name): self._folder / f"{next(self._parts)}{PART}" for name in self._to_spare(batch)}
+            kept = await self._run("remove", partial(_remove, [self.path(name) for name in batch], spares))
             for name in batch:
                 self._forget(name)
+            self._spares.update(kept)
+
+    def _to_spare(self, names: Sequence[str]) -> list[str]:
+        """The first of them, as many as there may be."""
+        spared: list[str] = []
+        room_bytes = self._max_bytes - self._used_bytes - sum(self._spares.values())
+        for name in names:
+            if (size_bytes := self._sizes.get(name, 0)) < _PIECE_BYTES:
+                continue
+            room_bytes -= size_bytes
+            if room_bytes < 0 or len(self._spares) + len(spared) == _MOST_SPARES:
+                break
+            spared.append(name)
+        return spared
+
+    def _take_spare(self) -> Path | None:
+        return self._spares.popitem()[0] if self._spares else None
+
+    async def _drop_spares(self) -> None:
+        """Before a disk without room is told of."""
+        spares, self._spares = list(self._spares), {}
+        await self._run("remove spares", partial(_unlink, spares))
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
@@ -341,6 +366,7 @@ class Upload:
         self._chunks: list[bytes | memoryview] = []  # behind what is in the part file
         self._chunks_bytes = 0
         self._flushed_bytes = 0
+        self._spare: Path | None = None  # becomes the part file
         self._name = ""  # once finish() was called
         self._finished = self._aborted = self._touched_disk = False
 
@@ -439,19 +465,24 @@ class Upload:
             self._spool._segments.drop([self._name])
 
     def _flush(self) -> None:
-        """Behind what is there for certain: a flush that failed may have left a part of its bytes."""
+        """Behind what is there for certain: a flush that failed, or another upload, may have left bytes there."""
+        if self._spare is not None:
+            self._spare.replace(self._part)
+            self._spare = None
         fd = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            os.ftruncate(fd, self._flushed_bytes)
             write_all(fd, self._chunks, self._flushed_bytes)
+            if self._name:
+                os.ftruncate(fd, self.size_bytes)
         finally:
             os.close(fd)
 
     def _discard(self) -> None:
-        _unlink([self._part, self._spool.path(self._name)] if self._name else [self._part])
+        _unlink([path for path in (self._part, self._spare, self._name and self._spool.path(self._name)) if path])
 
     async def _run(self, doing: str, work: Callable[[], None]) -> None:
-        self._touched_disk = True
+        if not self._touched_disk:
+            self._touched_disk, self._spare = True, self._spool._take_spare()
 
         def on_thread() -> None:
             try:
@@ -461,7 +492,11 @@ class Upload:
                     self._discard()
 
         with self._needing_room():
-            await self._spool._run(doing, on_thread)
+            try:
+                await self._spool._run(doing, on_thread)
+            except Unavailable:
+                await self._spool._drop_spares()
+                raise
 
     @contextmanager
     def _needing_room(self) -> Iterator[None]:
@@ -491,6 +526,23 @@ def _stem_of(name: str) -> str:
 def _nonce(name: str) -> int:
     """Nanoseconds since the epoch, about."""
     return int(name.partition(".")[2])
+
+
+def _remove(paths: Sequence[Path], spares: Mapping[Path, Path]) -> dict[Path, int]:
+    """All of these, or moves them to where they are spared; those that were, and their bytes."""
+    kept = {}
+    for path in paths:
+        try:
+            status = path.stat()
+            # under a second name it is somebody's who keeps it; what has replaced an upload cannot be written
+            if path in spares and status.st_nlink == 1 and not is_replaced(status):
+                path.replace(spares[path])
+                kept[spares[path]] = status.st_size
+            else:
+                path.unlink()
+        except FileNotFoundError:
+            pass
+    return kept
 
 
 def _unlink(paths: list[Path]) -> None:
