@@ -165,6 +165,7 @@ def _name(callback: Any) -> str:
 
 
 def watched() -> None:
+    cli.uvloop.new_event_loop = asyncio.new_event_loop  # whose callbacks can be timed; they are the same
     watch = Watch()
     watch.install()
     try:

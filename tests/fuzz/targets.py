@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,6 +213,11 @@ class Caller(Context):
 
     said: list[tuple[str, str]] = field(default_factory=list)
     ended: grpc.StatusCode = grpc.StatusCode.OK
+    sent: list[bytes] = field(default_factory=list)  # what is left of it
+    read_as: Callable[[bytes], Any] = bytes
+
+    async def read(self) -> Any:
+        return self.read_as(self.sent.pop(0)) if self.sent else grpc.aio.EOF
 
     def invocation_metadata(self) -> list[tuple[str, str]]:
         return self.said
@@ -287,18 +292,17 @@ class Wire:
 
     async def _call(self, rpc: str, sent: Sequence[bytes], said: Sequence[tuple[str, str]]) -> grpc.StatusCode:
         handler, method = self._handlers[rpc], METHODS[rpc]
-        context = Caller("a stranger", said=list(said))
-
-        async def stream() -> AsyncIterator[Any]:
-            for data in sent if method.client_streaming else sent[:1]:
-                yield handler.request_deserializer(data) if handler.request_deserializer else data
-
+        context = Caller(
+            "a stranger",
+            said=list(said),
+            sent=list(sent if method.client_streaming else sent[:1]),
+            read_as=handler.request_deserializer or bytes,
+        )
         behaviour = handler.stream_stream if method.server_streaming else handler.stream_unary
-        request: Any = stream()
         is_endless = method.name == "TaskStream"
         try:
             async with asyncio.timeout(0.01 if is_endless else HOUR_S):
-                reply = await behaviour(request, context)
+                reply = await behaviour(None, context)
         except grpc.aio.AbortError:
             return context.ended
         except TimeoutError:

@@ -96,7 +96,8 @@ async def test_a_watched_session_that_does_not_finish_is_exit_code_1_and_failed_
         await flserve("model", "upload", seed)
         watching = asyncio.create_task(flserve("session", "start", "--wait-for-clients", 30, "--watch"))
         event = await federation.event("round", phase="failed")
-        await flserve("session", "stop", event.data["session_id"])
+        # not by a second command: the standard output of this process is one, and the watching one has it now
+        await federation.server.scheduler.stop(event.data["session_id"])
         said = await watching
         assert said.code == 1
         first, *_, outcome = said.out.splitlines()

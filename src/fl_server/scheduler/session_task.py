@@ -227,9 +227,10 @@ class SessionTask:
         if not (events and isinstance(events[0], UpdateReceived) and self._in_burst):
             return
         for _ in range(GATHERED_MS):
-            round = self._session.round
-            if round is None or round.reported + 1 + self.inbox.qsize() >= len(round.reports):
-                return
+            round, buffer_size = self._session.round, self._session.record.config.buffer_size
+            least = len(round.reports) if round and buffer_size < 1 else buffer_size
+            if round is None or round.reported + 1 + self.inbox.qsize() >= least:
+                return  # with these it may be complete
             await asyncio.sleep(0.001)
 
     async def _decide(self, events: list[Event]) -> list[Effect]:
