@@ -630,3 +630,12 @@ async def test_files_to_write_over_are_within_the_spools_size_and_go_at_a_restar
     assert len(files(folder)) == 1
     await opened(folder, executor)
     assert files(folder) == []
+
+
+async def test_a_file_to_write_over_that_somebody_has_removed_is_not_missed(folder: Path, executor: Executor) -> None:
+    spool = await opened(folder, executor)
+    await spool.remove([await received(spool, "c", "u", b"a" * LARGE)])
+    for path in folder.iterdir():
+        path.unlink()
+    name = await received(spool, "c", "v", b"b" * LARGE)
+    assert spool.path(name).read_bytes() == b"b" * LARGE

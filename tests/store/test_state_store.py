@@ -144,6 +144,18 @@ async def test_append_stores_each_id_once_also_within_one_call(store: StateStore
     assert [(d["status_id"], d["data"]) for d in await store.find(STATUSES, Query())] == [("a", 1), ("b", 1), ("c", 3)]
 
 
+async def test_append_keeps_ids_and_values_of_any_text_in_their_order(store: StateStore) -> None:
+    for ids in (["a", 'quo"te', "\\u0000", "x\ty"], ["a b", "ä", "\u2028", "plain"]):
+        texts = ["\0", "\\", '"', "\U0001f600 ä \x7f"]
+        await store.append(STATUSES, [status(id, data=text) for id, text in zip(ids, texts, strict=True)])
+        for id, text in zip(ids, texts, strict=True):
+            found = await store.get(STATUSES, id)
+            assert found is not None
+            assert found["data"] == text
+    stored = [document["status_id"] for document in await store.find(STATUSES, Query())]
+    assert stored == ["a", 'quo"te', "\\u0000", "x\ty", "a b", "ä", "\u2028", "plain"]
+
+
 async def test_append_of_nothing_is_allowed(store: StateStore) -> None:
     await store.append(STATUSES, [])
     assert await store.count(STATUSES) == 0

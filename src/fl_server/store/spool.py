@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -467,7 +467,8 @@ class Upload:
     def _flush(self) -> None:
         """Behind what is there for certain: a flush that failed, or another upload, may have left bytes there."""
         if self._spare is not None:
-            self._spare.replace(self._part)
+            with suppress(FileNotFoundError):  # somebody tidied up: a new one will do
+                self._spare.replace(self._part)
             self._spare = None
         fd = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:

@@ -49,6 +49,7 @@ _PUT_REPORT = """
 # Rows as one bound JSON array: a statement a row gives the GIL away and asks for it again each time, which cost the
 # event loop more than SQLite's own work.
 _ROWS = "select {columns} from json_each(?) where true"
+_LARGEST_GROUP = 16 * 1024 * 1024  # characters: SQLite takes no value above a billion bytes, and copies it
 _PLAIN = re.compile(r"[ -~]*")  # what comes out of SQLite's JSON as it went in; it ends a text at NUL
 _AWAY = {
     sqlite3.SQLITE_BUSY,
@@ -279,7 +280,8 @@ def _insert(collection: Collection, rows: str = "values (?, ?)") -> str:
 
 
 def _insert_all(db: sqlite3.Connection, collection: Collection, rows: Sequence[tuple[str, str]]) -> None:
-    if len(rows) > 1 and all(_PLAIN.fullmatch(id) for id, _ in rows):
+    is_small = sum(len(text) for _, text in rows) <= _LARGEST_GROUP
+    if len(rows) > 1 and is_small and all(_PLAIN.fullmatch(id) for id, _ in rows):
         db.execute(_insert(collection, _columns(2)), (json.dumps(rows),))
     else:
         db.executemany(_insert(collection), rows)
