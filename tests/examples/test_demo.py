@@ -91,7 +91,8 @@ async def test_two_runs_give_the_same_model_byte_for_byte(tmp_path: Path) -> Non
 async def test_a_signal_ends_the_demo_and_all_its_processes(tmp_path: Path, number: signal.Signals) -> None:
     async with demo("--data-dir", tmp_path, "--rounds", 10_000, "--clients", 2) as process:
         await until_round_1_is_done(process)
-        assert len(processes_of(tmp_path)) == 3
+        # a client's child that has not begun its own program has the command of its parent
+        assert len(set(processes_of(tmp_path).values())) == 3
         process.send_signal(number)
         rest, said = await process.communicate()
     assert process.returncode == 128 + number
