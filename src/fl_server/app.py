@@ -41,10 +41,10 @@ from fl_server.rest.bodies import Limits as RestLimits
 from fl_server.rest.clients import Advertised
 from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.copies import Copies
+from fl_server.scheduler.in_flight import InFlight
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.packages import Packages
 from fl_server.scheduler.scheduler import Patience, Scheduler
-from fl_server.scheduler.uploads import InFlight
 from fl_server.settings import Settings
 from fl_server.store.ports import BlobStore, StateStore
 from fl_server.store.spool import Spool

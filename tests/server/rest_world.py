@@ -23,9 +23,9 @@ from fl_server.rest.bodies import Desk
 from fl_server.rest.clients import Advertised
 from fl_server.rest.schemas import ENTITIES
 from fl_server.scheduler.aggregation import Workshop
+from fl_server.scheduler.in_flight import InFlight
 from fl_server.scheduler.packages import Packages
 from fl_server.scheduler.scheduler import Patience, Scheduler
-from fl_server.scheduler.uploads import InFlight
 from fl_server.store.files import FileBlobStore
 from fl_server.store.ports import Collection
 from fl_server.store.spool import Spool

@@ -13,6 +13,7 @@ from fl_client.wire import fl_pb2 as pb
 from fl_server.core.events import Aggregated, ClientAttached, Event
 from fl_server.core.model import ClientId, SessionId
 from fl_server.scheduler.session_task import ISSUED_AT_ONCE
+from fl_server.store.ports import PutReport
 from tests.server.virtual_world import World, on_virtual_time
 
 
@@ -55,3 +56,36 @@ async def test_the_tasks_of_many_clients_go_out_in_portions_between_which_others
         await asyncio.sleep(0)  # to the next turn of the loop
         issued.append(sum(client.tasks.qsize() for client in many))
     assert max(after - before for before, after in pairwise(issued)) <= ISSUED_AT_ONCE
+
+
+@on_virtual_time
+async def test_a_bursts_updates_share_writes_and_the_last_one_waits_for_1_ms_at_most(world: World) -> None:
+    many = await world.clients(*(f"c{index}" for index in range(12)))
+    await world.started(rounds=1, validate=False)
+    tasks, save, written, loop = (
+        [await client.task() for client in many],
+        world.scheduler.store.save,
+        [],
+        asyncio.get_running_loop(),
+    )
+
+    async def counted(writes: Any) -> None:
+        if count := sum(isinstance(write, PutReport) for write in writes):
+            written.append(count)
+        await save(writes)
+
+    world.scheduler.store.save = counted  # type: ignore[method-assign]
+    took_s = dict[int, float]()
+
+    async def report(index: int) -> None:
+        await asyncio.sleep(index * 0.001)
+        began_s = loop.time()
+        assert await many[index].train(tasks[index], 1.0) == "ACCEPTED"
+        took_s[index] = loop.time() - began_s
+
+    await asyncio.gather(*(report(index) for index in range(12)))
+    assert sum(written) == 12
+    assert len(written) <= 5
+    assert took_s[0] == 0
+    assert took_s[11] < 0.002
+    assert max(took_s.values()) < 0.006

@@ -63,3 +63,16 @@ def test_what_protobuf_refuses_is_refused(before: bytes, after: bytes, cut: int)
             convert.chunk(message)
     else:
         assert read(message) == expected
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        pb.ModelRequest(status=pb.OK).SerializeToString() * 100_000,
+        b"\x80" * 100_000 + b"\x01",
+        b"\x28" + b"\xff" * 100_000,
+    ],
+    ids=["fields", "a tag without an end", "a number without an end"],
+)
+def test_a_flood_of_fields_or_of_a_numbers_bytes_is_left_to_protobuf(flood: bytes) -> None:
+    assert convert._data_field(flood + pb.ModelRequest(data=LARGE).SerializeToString()) is None

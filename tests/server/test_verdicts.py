@@ -267,7 +267,6 @@ async def test_a_report_that_is_sent_again_while_the_first_is_being_checked_is_a
 
     monkeypatch.setattr(codec, "check_update", noted)
     monkeypatch.setattr(intake, "CHECKED_AT_ONCE_BYTES", 0)
-    monkeypatch.setattr(intake, "INFLATED_AT_ONCE_BYTES", 0)
     monkeypatch.setattr(intake, "INFLATED_TWICE_BYTES", 0)
     async with Federation() as federation, clients(federation, "a", "b") as everybody:
         session_id = await started(federation)

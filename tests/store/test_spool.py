@@ -639,3 +639,28 @@ async def test_a_file_to_write_over_that_somebody_has_removed_is_not_missed(fold
         path.unlink()
     name = await received(spool, "c", "v", b"b" * LARGE)
     assert spool.path(name).read_bytes() == b"b" * LARGE
+
+
+async def test_a_disk_that_is_probed_for_room_gets_that_of_files_to_write_over(
+    folder: Path, executor: Executor
+) -> None:
+    spool = await opened(folder, executor)
+    await spool.remove([await received(spool, "c", "u", b"a" * LARGE)])
+    await spool.probe()
+    assert files(folder) == []
+
+
+async def test_a_file_is_written_over_also_if_whoever_removed_it_was_cancelled(
+    folder: Path, executor: Executor
+) -> None:
+    spool = await opened(folder, executor)
+    name = await received(spool, "c", "u", b"a" * LARGE)
+    number = spool.path(name).stat().st_ino
+    removing = asyncio.create_task(spool.remove([name]))
+    await asyncio.sleep(0)
+    removing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await removing
+    await spool.missing([])  # behind it in the executor
+    next_one = await received(spool, "c", "v", b"b" * LARGE)
+    assert spool.path(next_one).stat().st_ino == number

@@ -27,6 +27,8 @@ KINDS = {
     TaskKind.PREDICT: pb.MODEL_PREDICTION,
 }
 LARGE_CHUNK_BYTES = 64 * 1024
+_MOST_FIELDS_BEFORE = 8  # the data: a ModelRequest has four other fields
+_VARINT_BYTES = 10  # at most
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 VERDICTS = {
     Verdict.ACCEPTED: pb.VERDICT_ACCEPTED,
@@ -147,7 +149,7 @@ def _data_field(message: bytes) -> tuple[int, int, int] | None:
     """
     at = 0
     try:
-        while at < len(message):
+        for _ in range(_MOST_FIELDS_BEFORE + 1):  # a stranger's millions are protobuf's work
             begin = at
             key, at = _varint(message, at)
             value, at = _varint(message, at)
@@ -163,12 +165,14 @@ def _data_field(message: bytes) -> tuple[int, int, int] | None:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """The number there, and where it ends. Raises IndexError."""
-    value = shift = 0
-    while (byte := message[at]) & 0x80:
-        value |= (byte & 0x7F) << shift
-        shift, at = shift + 7, at + 1
-    return value | byte << shift, at + 1
+    """The number there, and where it ends. Raises IndexError if there is none."""
+    value = 0
+    for index in range(_VARINT_BYTES):
+        byte = message[at + index]
+        value |= (byte & 0x7F) << 7 * index
+        if not byte & 0x80:
+            return value, at + index + 1
+    raise IndexError
 
 
 def announced(update: pb.ModelUpdate, meta: dict[str, Any]) -> Announced:

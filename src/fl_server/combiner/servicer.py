@@ -22,10 +22,10 @@ from fl_server.combiner.downloads import Downloads
 from fl_server.core.model import ClientId, Task, TaskKind, Verdict
 from fl_server.deadlines import Deadlines
 from fl_server.errors import Forbidden, Invalid, Missing
+from fl_server.scheduler.in_flight import InFlight
 from fl_server.scheduler.intake import Intake
 from fl_server.scheduler.scheduler import Scheduler
 from fl_server.scheduler.streams import Ending
-from fl_server.scheduler.uploads import InFlight
 from fl_server.store import spool as spooling
 from fl_server.store.ports import Collection
 

@@ -24,7 +24,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.types import Receive, Scope, Send
 
 from ..errors import Invalid, Unavailable
-from ..scheduler.uploads import InFlight, Share
+from ..scheduler.in_flight import InFlight, Share
 
 MAX_FORM_TEXT_BYTES = 1 << 16  # all text of a form together, its part headers included
 _WRITE_BYTES = _READ_BYTES = 1 << 20

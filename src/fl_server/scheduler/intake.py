@@ -30,8 +30,7 @@ from fl_server.store.spool import is_replaced
 P = ParamSpec("P")
 T = TypeVar("T")
 LAYOUTS_KEPT = 64
-INFLATED_AT_ONCE_BYTES = 128 * 1024  # a hop to the kernel pool and back costs more than to check so much
-CHECKED_AT_ONCE_BYTES = 2 * 1024 * 1024  # so much may be checked if it need not be inflated: 0.1 ms a MiB
+CHECKED_AT_ONCE_BYTES = 128 * 1024  # a hop to the kernel pool and back costs more than to check so much
 INFLATED_TWICE_BYTES = 1024 * 1024  # at the check and at the close: cheaper than a file of its own for the stored form
 UNCHECKED = "its task was not open when it came"  # heard only if the task is opened before it is decided
 MOST_EXAMPLES = 2**53  # float64 counts them exactly
@@ -110,7 +109,7 @@ class Intake:
                 layout = await self._layout(wanted)
         except Missing as gone:
             return f"the global model is gone: {gone}"
-        if (data := spool.in_memory(blob)) is not None and is_checked_at_once(len(data), layout_bytes(layout)):
+        if (data := spool.in_memory(blob)) is not None and len(data) <= CHECKED_AT_ONCE_BYTES >= layout_bytes(layout):
             limit = self._work.max_model_bytes
             said = bytes_fault(data, announced)
             return said or codec.check_update(data, layout, helper=wanted.config.helper, max_bytes=limit).fault
@@ -223,12 +222,6 @@ def _other_size(size_bytes: int, announced: Announced) -> str:
 
 def _other_sha256(sha256: str, announced: Announced) -> str:
     return f"sha256 {sha256}, {announced.sha256} announced"
-
-
-def is_checked_at_once(update_bytes: int, arrays_bytes: int) -> bool:
-    """On the loop: what is no smaller than its arrays is not deflated, or not by much."""
-    largest_bytes = max(update_bytes, arrays_bytes)
-    return largest_bytes <= INFLATED_AT_ONCE_BYTES or arrays_bytes <= update_bytes <= CHECKED_AT_ONCE_BYTES
 
 
 def layout_bytes(layout: codec.Layout) -> int:

@@ -49,8 +49,7 @@ from fl_server.scheduler.streams import Assignment, ClientStreams
 from fl_server.store.ports import BlobStore, Write
 
 logger = logging.getLogger(__name__)
-GATHERED_MS = 4
-GATHERED_MS = 4
+GATHERED_MS = 4  # a write of updates waits so long for more of a burst
 INBOX_SIZE = 1024  # full: submit waits, and so does the client
 BATCH_SIZE = 256
 ISSUED_AT_ONCE = 64  # tasks, then all else has its turn: each wakes a stream, 10,000 of them hold the loop for 0.9 s
@@ -220,7 +219,7 @@ class SessionTask:
         return [StoreReturned(away_s), *events] if away_s > OUTAGE_S else events
 
     async def _gather(self, events: list[Event]) -> None:
-        """In a burst of updates, lets more of them come into the same write; the last one of a round waits for nobody.
+        """In a burst of updates, lets more of them come into the same write; a round's last one waits 1 ms at most.
 
         A write for every two or three cost more than the updates themselves.
         """

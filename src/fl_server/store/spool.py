@@ -144,7 +144,11 @@ class Spool:
         return self._used_bytes
 
     async def probe(self) -> None:
-        """Raises Unavailable if the disk takes nothing, or has no room for what an upload failed of."""
+        """Raises Unavailable if the disk takes nothing, or has no room for what an upload failed of.
+
+        It is asked while a store is away, maybe for want of room: what is spared makes room first.
+        """
+        await self._drop_spares()
         part = self._folder / f"{next(self._parts)}{PART}"
         needed_bytes = self._failed_bytes
 
@@ -247,10 +251,11 @@ class Spool:
         for start in range(0, len(names), _REMOVED_AT_ONCE):
             batch = names[start : start + _REMOVED_AT_ONCE]
             spares = {self.path(name): self._folder / f"{next(self._parts)}{PART}" for name in self._to_spare(batch)}
-            kept = await self._run("remove", partial(_remove, [self.path(name) for name in batch], spares))
+            removing = self._start("remove", partial(_remove, [self.path(name) for name in batch], spares))
+            removing.add_done_callback(self._keep_spares)
+            await asyncio.shield(removing)  # whoever is cancelled here, the thread goes on
             for name in batch:
                 self._forget(name)
-            self._spares.update(kept)
 
     def _to_spare(self, names: Sequence[str]) -> list[str]:
         """The first of them, as many as there may be."""
@@ -265,13 +270,17 @@ class Spool:
             spared.append(name)
         return spared
 
+    def _keep_spares(self, removing: asyncio.Future[dict[Path, int]]) -> None:
+        if not removing.cancelled() and removing.exception() is None:
+            self._spares.update(removing.result())
+
     def _take_spare(self) -> Path | None:
         return self._spares.popitem()[0] if self._spares else None
 
     async def _drop_spares(self) -> None:
-        """Before a disk without room is told of."""
-        spares, self._spares = list(self._spares), {}
-        await self._run("remove spares", partial(_unlink, spares))
+        if spares := list(self._spares):
+            self._spares = {}
+            await self._run("remove spares", partial(_unlink, spares))
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:

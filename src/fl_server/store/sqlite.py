@@ -160,9 +160,9 @@ class SqliteStateStore:
         def work(db: sqlite3.Connection) -> None:
             with db:
                 db.execute("begin immediate")
-                for is_report, group in itertools.groupby(writes, lambda write: isinstance(write, PutReport)):
-                    if is_report:
-                        _put_reports(db, list(group))  # type: ignore[arg-type]
+                for kind, group in itertools.groupby(writes, type):
+                    if kind is PutReport:
+                        _put_reports(db, [write for write in group if isinstance(write, PutReport)])
                     else:
                         for write in group:
                             _write(db, write)
