@@ -68,7 +68,7 @@ def test_what_protobuf_refuses_is_refused(before: bytes, after: bytes, cut: int)
 @pytest.mark.parametrize(
     "flood",
     [
-        pb.ModelRequest(status=pb.OK).SerializeToString() * 100_000,
+        pb.ModelRequest(status=pb.FAILED).SerializeToString() * 100_000,
         b"\x80" * 100_000 + b"\x01",
         b"\x28" + b"\xff" * 100_000,
     ],
