@@ -1,8 +1,8 @@
 """Deadlines of many short waits, on one timer of the loop.
 
 asyncio.timeout() makes a timer and takes it back for each wait: with six calls a task and several waits a call that
-cost a server of 1,000 clients a quarter more CPU. Here a wait that ends in time costs an entry in a dict, and the one timer
-looks at that when the nearest deadline that it knew is over.
+cost a server of 1,000 clients a quarter more CPU. Here a wait that ends in time costs an entry in a dict, and the one
+timer looks at that when the nearest deadline that it knew is over.
 """
 
 from __future__ import annotations
