@@ -17,6 +17,7 @@ class Deadlines:
     """Of the waits of one owner, on one loop."""
 
     def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the first wait
         self._open: dict[Deadline, None] = {}  # in the order of their beginning
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = 0.0  # by the loop's clock, as are all times here
@@ -24,6 +25,11 @@ class Deadlines:
     def within(self, delay_s: float | None) -> Deadline:
         """`with` it: as `async with asyncio.timeout(delay_s)`, but that it may ring up to 0.05 s late."""
         return Deadline(self, delay_s)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        return self._loop
 
     def _await(self, deadline: Deadline, loop: asyncio.AbstractEventLoop) -> None:
         self._open[deadline] = None
@@ -54,11 +60,11 @@ class Deadline:
         self.expired = False
 
     def __enter__(self) -> Deadline:
-        task = asyncio.current_task()
+        self._loop = self._owner._running_loop()
+        task = asyncio.current_task(self._loop)  # unless it is told the loop, it asks for that, with a system call
         if task is None:
             raise AssertionError("a deadline is a task's")
         self._task, self._cancelling = task, task.cancelling()
-        self._loop = task.get_loop()
         if self._delay_s is not None:
             self.at = self._loop.time() + self._delay_s
             self._owner._await(self, self._loop)

@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     max_model_bytes: Bytes = Field(4 * 2**30, description="largest model, inflated")
     spool_max_bytes: Bytes = Field(64 * 2**30, description="uploads on disk; more wait until a round ends")
     upload_ttl_s: Seconds = Field(3600.0, description="an upload that no update names is deleted after this")
-    uploads_at_once: Annotated[int, Field(ge=1)] = Field(8, description="more wait their turn")
+    uploads_at_once: Annotated[int, Field(ge=1)] = Field(32, description="more wait their turn")
     uploads_in_flight_bytes: Bytes = Field(
         32 * 2**30, description="of uploads that have not ended, on both ports together; more wait, then come again"
     )

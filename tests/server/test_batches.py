@@ -59,7 +59,7 @@ async def test_the_tasks_of_many_clients_go_out_in_portions_between_which_others
 
 
 @on_virtual_time
-async def test_a_bursts_updates_share_writes_and_the_last_one_waits_for_1_ms_at_most(world: World) -> None:
+async def test_updates_share_writes_and_a_rounds_last_one_does_not_wait(world: World) -> None:
     many = await world.clients(*(f"c{index}" for index in range(12)))
     await world.started(rounds=1, validate=False)
     tasks, save, written, loop = (
@@ -85,7 +85,6 @@ async def test_a_bursts_updates_share_writes_and_the_last_one_waits_for_1_ms_at_
 
     await asyncio.gather(*(report(index) for index in range(12)))
     assert sum(written) == 12
-    assert len(written) <= 5
-    assert took_s[0] == 0
-    assert took_s[11] < 0.002
-    assert max(took_s.values()) < 0.006
+    assert len(written) <= 3
+    assert took_s[11] == 0
+    assert max(took_s.values()) < 0.012

@@ -36,7 +36,7 @@ async def test_a_round_that_all_have_reported_to_does_not_wait_for_its_deadline(
     await a.train(await a.task(), 1)
     await b.train(await b.task(), 3)
     assert await world.result(session_id) == 2
-    assert world.now == began_at
+    assert world.now < began_at + 1
 
 
 @on_virtual_time
@@ -212,7 +212,7 @@ async def test_a_deadline_that_has_passed_counts_though_the_timer_has_not_rung(w
     world.clock_is_off_s = 61.0
     await world.clients("passer-by")  # anything that happens
     assert await world.result(session_id) == 3
-    assert world.now == began_at
+    assert world.now < began_at + 1
     assert await b.train(tasks[1], 9) == "LATE"
 
 
@@ -280,6 +280,6 @@ async def test_a_validation_that_is_late_is_stored_and_holds_no_round(world: Wor
     for client in (a, slow):
         await client.validate(await client.task())
     assert await world.result(session_id) == 3
-    assert world.now == began_at
+    assert world.now < began_at + 1
     await slow.validate(missed)
     assert (await world.ended(session_id)).status is Status.FINISHED

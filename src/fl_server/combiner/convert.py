@@ -6,9 +6,8 @@ import functools
 import json
 import math
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -121,8 +120,7 @@ def response(what: str, client: str, verdict: Verdict | None = None, reason: str
 # ---- updates
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Of an upload: what is needed of a ModelRequest."""
 
     id: str

@@ -24,7 +24,7 @@ from fl_client.wire import fl_pb2 as pb
 from fl_server import log
 from fl_server.auth import EXPIRED, Gate, Identity, Role, roles_of_rpc
 from fl_server.combiner import convert
-from fl_server.combiner.servicer import Servicer, address_of, metadata, token_of
+from fl_server.combiner.servicer import Servicer, address_of, caller, metadata, token_of
 from fl_server.core.model import ClientId
 from fl_server.deadlines import Deadlines
 from fl_server.errors import FlserveError, Forbidden, Invalid, TooMany, Unauthorized, Unavailable
@@ -95,14 +95,16 @@ class CombinerServer:
         self._server = grpc.aio.server(options=[*OPTIONS, *limits.options(), *window])
         self._credentials, self._limits = credentials, limits
         self.rpcs: list[str] = []  # package.Service/Method
+        self._methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by path
         guard = Guard(limits.max_calls_per_peer)
         timeout_s = limits.grpc_request_timeout_s
         for service, methods in handlers(servicer, gate, guard, timeout_s).items():
             self._serve(service, methods)
         self._serve(HEALTH, _health(scheduler, guard, timeout_s))
+        self._server.add_generic_rpc_handlers((_ByPath(self._methods),))
 
     def _serve(self, service: str, methods: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
+        self._methods |= {f"/{service}/{method}": handler for method, handler in methods.items()}
         self.rpcs += [f"{service}/{method}" for method in methods]
 
     async def start(self, host: str, port: int) -> int:
@@ -128,6 +130,16 @@ class CombinerServer:
         await self._server.stop(grace_s)
 
 
+class _ByPath(grpc.GenericRpcHandler):
+    """All services at once: gRPC asks one handler of a service after another, for each call."""
+
+    def __init__(self, methods: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+        self._methods = methods
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        return self._methods.get(handler_call_details.method)
+
+
 class Guard:
     """What is not answered in the reply leaves as UNAVAILABLE: any other code ends a FEDn client.
 
@@ -141,7 +153,9 @@ class Guard:
         most, calls_of = self._most, self._calls_of
 
         async def call(request: Any, context: Context) -> Any:
-            log.client_id.set(metadata(context, "client"))
+            said = metadata(context, "client")
+            caller.set(said)
+            log.client_id.set(said)
             address = address_of(context)
             if calls_of[address] >= most:
                 why = f"max_calls_per_peer ({most}) of this address are under way"

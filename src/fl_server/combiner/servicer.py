@@ -33,6 +33,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 MAX_ID_BYTES = 1024
 # whose token the call has, where it says: set for each call before its method runs
 token_of: ContextVar[ClientId | None] = ContextVar("token_of", default=None)
+caller: ContextVar[str | None] = ContextVar("caller", default=None)  # what its metadata call the client, once read
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Servicer:
     # ---- Combiner
 
     async def TaskStream(self, request: pb.ClientAvailableMessage, context: Context) -> None:
-        said = metadata(context, "client")
+        said = _said(context)
         client = ClientId(request.sender.client_id or token_of.get() or said or request.sender.name)
         if not client:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no client id: sender.client_id or metadata `client`")
@@ -262,7 +263,7 @@ class Servicer:
         """By its token; else by metadata, as FEDn's clients always have it. Asks no store."""
         if (owner := token_of.get()) is not None:
             return owner
-        said = metadata(context, "client") or sender.client_id or sender.name
+        said = _said(context) or sender.client_id or sender.name
         if said in self._scheduler.streams.attached():  # an id goes before another's name
             return ClientId(said)
         return self._ids.get(said, ClientId(said))
@@ -276,7 +277,7 @@ class Servicer:
         if owner is None:
             return
         if sender is None or sender.client_id != owner:
-            for said in {metadata(context, "client"), sender.client_id if sender else ""} - {"", owner}:
+            for said in {_said(context), sender.client_id if sender else ""} - {"", owner}:
                 if said != self._names.get(owner) and said != await self._recorded_name(owner):
                     raise Forbidden(f"the token is not of client {said[:100]}")
         if sender is not None:
@@ -368,6 +369,12 @@ class Turn:
             await self._without.acquire()  # at once: it is not locked
             self._held.release()
             self._held = self._without
+
+
+def _said(context: Context) -> str:
+    """gRPC decodes all metadata of a call each time that it is asked."""
+    said = caller.get()
+    return metadata(context, "client") if said is None else said
 
 
 def metadata(context: Context, key: str) -> str:

@@ -49,7 +49,7 @@ from fl_server.scheduler.streams import Assignment, ClientStreams
 from fl_server.store.ports import BlobStore, Write
 
 logger = logging.getLogger(__name__)
-GATHERED_MS = 4  # a write of updates waits so long for more of a burst
+GATHERED_S = 0.01  # a write of updates waits so long for more of them
 INBOX_SIZE = 1024  # full: submit waits, and so does the client
 BATCH_SIZE = 256
 ISSUED_AT_ONCE = 64  # tasks, then all else has its turn: each wakes a stream, 10,000 of them hold the loop for 0.9 s
@@ -78,11 +78,34 @@ class Surroundings(Protocol):
 Rounds = dict[tuple[int, int], records.RoundFacts]  # by (round, attempt)
 
 
+class Inbox(asyncio.Queue[Event]):
+    """What has happened to a session, and is not decided yet."""
+
+    def __init__(self) -> None:
+        super().__init__(INBOX_SIZE)
+        self._enough, self._is_enough = INBOX_SIZE, asyncio.Event()
+
+    def _put(self, item: Event) -> None:
+        super()._put(item)
+        if self.qsize() >= self._enough:
+            self._is_enough.set()
+
+    async def gather(self, size: int, within_s: float) -> None:
+        """Returns when so many are in it, or the time is over."""
+        if self.qsize() >= size:
+            return
+        self._enough = size
+        self._is_enough.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._is_enough.wait()
+
+
 class SessionTask:
     def __init__(self, around: Surroundings, session: Session, facts: records.SessionFacts, rounds: Rounds) -> None:
         self._around, self._session, self.facts = around, session, facts
         self._rounds = rounds
-        self.inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_SIZE)
+        self.inbox = Inbox()
         self._ended: asyncio.Queue[Discard] = asyncio.Queue()  # unbounded: one an attempt
         self._leaving: set[str] = set()  # the blobs of these
         self._alarm: float | None = None
@@ -91,7 +114,6 @@ class SessionTask:
         self._aggregation = Aggregation(
             session.record.id, lambda: self._session.record.config, around.workshop, around.insist, self.inbox.put
         )
-        self._in_burst = False  # the last thing done was to write updates
         self.main: asyncio.Task[None]
 
     # ---- for those who only read
@@ -211,26 +233,21 @@ class SessionTask:
                     events.append(await self.inbox.get())
             except TimeoutError:
                 events.append(DeadlinePassed())
-        await self._gather(events)
+        if events:
+            await self._gather(events[0])
         while not self.inbox.empty() and len(events) < BATCH_SIZE:
             events.append(self.inbox.get_nowait())
         away_s = max(outages.past_s - self._outages_s, self._waited_s)
         self._outages_s, self._waited_s = outages.past_s, 0.0
         return [StoreReturned(away_s), *events] if away_s > OUTAGE_S else events
 
-    async def _gather(self, events: list[Event]) -> None:
-        """In a burst of updates, lets more of them come into the same write; a round's last one waits 1 ms at most.
-
-        A write for every two or three cost more than the updates themselves.
-        """
-        if not (events and isinstance(events[0], UpdateReceived) and self._in_burst):
-            return
-        for _ in range(GATHERED_MS):
-            round, buffer_size = self._session.round, self._session.record.config.buffer_size
-            least = len(round.reports) if round and buffer_size < 1 else buffer_size
-            if round is None or round.reported + 1 + self.inbox.qsize() >= least:
-                return  # with these it may be complete
-            await asyncio.sleep(0.001)
+    async def _gather(self, first: Event) -> None:
+        """Lets more updates come into the same write, until with them the round may be complete: a write for every two
+        or three costs more than the updates themselves."""
+        round, buffer_size = self._session.round, self._session.record.config.buffer_size
+        if isinstance(first, UpdateReceived) and round is not None:
+            least = len(round.reports) if buffer_size < 1 else buffer_size
+            await self.inbox.gather(min(least - round.reported, BATCH_SIZE) - 1, GATHERED_S)
 
     async def _decide(self, events: list[Event]) -> list[Effect]:
         effects: list[Effect] = []
@@ -242,13 +259,13 @@ class SessionTask:
                 await self._carry_out(effects)
                 effects = await self._broken(incident)
                 continue
-            logger.debug("step", extra={"event": type(event).__name__, "effects": [type(e).__name__ for e in more]})
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("step", extra={"event": type(event).__name__, "effects": [type(e).__name__ for e in more]})
             effects += more
         return effects
 
     async def _carry_out(self, effects: list[Effect]) -> None:
         around, issued = self._around, 0
-        self._in_burst = any(isinstance(effect, SaveReport) for effect in effects)
         if writes := self._writes(effects, around.clock()):
             began_at = around.outages.now()
             await around.write(writes)

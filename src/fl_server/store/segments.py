@@ -1,4 +1,4 @@
-"""Small uploads, many in one file: what comes while a write is under way goes with the next one, in one call.
+"""Small uploads, many in one file: what comes together, or while a write is under way, is written in one call.
 
 A file of its own costs an upload of 100 kB thirty times as much as its bytes do. A segment is only appended to, and is
 removed when nothing in it is needed any more; one that holds little that is needed is emptied into the newest. After a
@@ -25,9 +25,11 @@ from fl_server.store.disk import disk_errors, sync
 
 SEGMENT_BYTES = 32 * 1024 * 1024  # a larger one is closed
 RECENT_BYTES = 128 * 1024 * 1024  # of what was written last, still in memory
+GATHERED_S = 0.003  # a write waits so long for more, if more are under way: it costs more than what it writes
 _RECORD = struct.Struct("<4sIQ56s")  # magic, CRC-32 of the bytes (0: not taken), their number, the name
 _MAGIC = b"fl\x01u"
 _FILE = re.compile(r"[0-9]{12}\.segment")
+_MOST_GATHERED = 64
 _MOST_PARTS = 512  # of one writev; IOV_MAX is 1024
 
 
@@ -69,6 +71,8 @@ class Segments:
         self._last_number = 0
         self._pending: list[_Pending] = []
         self._writing = False
+        self._gathering: asyncio.TimerHandle | None = None
+        self.coming = 0  # uploads that may be appended soon
 
     def load(self) -> dict[str, int]:
         """What an earlier process left: bytes by name. Blocking, before all else."""
@@ -137,7 +141,7 @@ class Segments:
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending.append(_Pending(name, chunks, sum(map(len, chunks)), done))
-        self._write_next()
+        self._gather()
         await done
 
     def drop(self, names: Iterable[str]) -> None:
@@ -150,7 +154,16 @@ class Segments:
 
     # ---- one write at a time
 
+    def _gather(self) -> None:
+        if not self.coming or len(self._pending) >= _MOST_GATHERED:
+            self._write_next()
+        elif not (self._writing or self._gathering):
+            self._gathering = asyncio.get_running_loop().call_later(GATHERED_S, self._write_next)
+
     def _write_next(self) -> None:
+        if self._gathering:
+            self._gathering.cancel()
+            self._gathering = None
         if self._writing:
             return
         batch = [one for one in self._pending if not one.done.cancelled()]
@@ -240,7 +253,7 @@ class Segments:
                     else:
                         one.done.set_exception(why)  # type: ignore[arg-type]
             if self._pending:
-                self._write_next()
+                self._gather()
             return
         waiting, places = {one.name: one for one in batch}, dict(moved)
         for name, start, size_bytes, crc in writing.result():
@@ -259,7 +272,10 @@ class Segments:
         for one in batch:
             if not one.done.done():
                 one.done.set_result(None)
-        self._write_next()
+        if self._pending:
+            self._gather()
+        else:
+            self._write_next()
 
     def _locate(self, name: str, segment: _Segment, start: int, size_bytes: int, crc: int) -> None:
         if former := self._places.get(name):

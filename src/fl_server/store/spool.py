@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import hashlib
 import itertools
 import os
@@ -101,8 +102,7 @@ class Spool:
 
     async def begin(self, client: str, upload: str) -> Upload:
         """Nothing is on disk yet. Whoever begins calls finish() or, in `finally`, abort()."""
-        number = next(self._parts)
-        return Upload(self, number, _stem(client, upload), self._folder / f"{number}{PART}")
+        return Upload(self, next(self._parts), _stem(client, upload))
 
     def find(self, client: str, upload: str) -> str | None:
         """The newest complete one."""
@@ -369,9 +369,11 @@ class Upload:
     A write() that raised took nothing and may be repeated, and so may finish(); after a cancelled one only abort().
     """
 
-    def __init__(self, spool: Spool, number: int, stem: str, part: Path) -> None:
+    def __init__(self, spool: Spool, number: int, stem: str) -> None:
         """number: grows from one to the next."""
-        self._spool, self.number, self._stem, self._part = spool, number, stem, part
+        self._spool, self.number, self._stem = spool, number, stem
+        self._is_coming = True  # as far as the segments know
+        spool._segments.coming += 1
         self._chunks: list[bytes | memoryview] = []  # behind what is in the part file
         self._chunks_bytes = 0
         self._flushed_bytes = 0
@@ -382,6 +384,15 @@ class Upload:
     @property
     def size_bytes(self) -> int:
         return self._flushed_bytes + self._chunks_bytes
+
+    @functools.cached_property
+    def _part(self) -> Path:
+        return self._spool._folder / f"{self.number}{PART}"
+
+    def _has_come(self) -> None:
+        if self._is_coming:
+            self._is_coming = False
+            self._spool._segments.coming -= 1
 
     def buffer(self, data: bytes | memoryview) -> bool:
         """write() where that touches no disk; False: nothing was taken, and write() is needed."""
@@ -436,9 +447,9 @@ class Upload:
             raise AssertionError("finish after abort")
         self._name = self._name or self._spool._new_name(self._stem)
         name = self._name
-        path = self._spool.path(name)
 
         def work() -> None:
+            path = self._spool.path(name)
             if path.exists():  # a repeated call: what failed was the fsync of the folder
                 sync(path.parent)
                 return
@@ -449,6 +460,7 @@ class Upload:
             if self._touched_disk or self.size_bytes > self._spool._small_bytes or not self._spool._small_bytes:
                 await self._run("finish", work)
             else:
+                self._has_come()
                 with self._needing_room():
                     # where they are read again they are to be aligned
                     await self._spool._segments.append(name, [bytes(chunk) for chunk in self._chunks])
@@ -465,6 +477,7 @@ class Upload:
             return
         if not self._aborted:
             self._aborted = True
+            self._has_come()
             self._spool._release(self.size_bytes)
             self._chunks, self._chunks_bytes = [], 0
         if self._touched_disk:
@@ -493,6 +506,7 @@ class Upload:
     async def _run(self, doing: str, work: Callable[[], None]) -> None:
         if not self._touched_disk:
             self._touched_disk, self._spare = True, self._spool._take_spare()
+            self._has_come()
 
         def on_thread() -> None:
             try:

@@ -282,7 +282,7 @@ def _insert(collection: Collection, rows: str = "values (?, ?)") -> str:
 def _insert_all(db: sqlite3.Connection, collection: Collection, rows: Sequence[tuple[str, str]]) -> None:
     is_small = sum(len(text) for _, text in rows) <= _LARGEST_GROUP
     if len(rows) > 1 and is_small and all(_PLAIN.fullmatch(id) for id, _ in rows):
-        db.execute(_insert(collection, _columns(2)), (json.dumps(rows),))
+        db.execute(_insert(collection, _columns(2)), (_dump(rows),))
     else:
         db.executemany(_insert(collection), rows)
 
@@ -290,7 +290,7 @@ def _insert_all(db: sqlite3.Connection, collection: Collection, rows: Sequence[t
 def _put_reports(db: sqlite3.Connection, writes: Sequence[PutReport]) -> None:
     rows = [(one.round_id, one.client, one.update_id, one.seq, _dump(one.report)) for one in writes]
     if len(rows) > 1 and all(_PLAIN.fullmatch(id) for row in rows for id in row[:3]):
-        db.execute(_PUT_REPORT.format(rows=_columns(5)), (json.dumps(rows),))
+        db.execute(_PUT_REPORT.format(rows=_columns(5)), (_dump(rows),))
     else:
         db.executemany(_PUT_REPORT.format(rows="values (?, ?, ?, ?, ?)"), rows)
 
@@ -331,8 +331,7 @@ def _row(collection: Collection, document: Document) -> tuple[str, str]:
     return id, _dump(document)
 
 
-def _dump(document: Document) -> str:
-    return json.dumps(document, separators=(",", ":"), allow_nan=False)
+_dump: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 # ---- queries
