@@ -7,6 +7,7 @@ leave as errors, or a FEDn client ends. A store that is away is waited for `stor
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 from collections import Counter
 from collections.abc import AsyncIterable
@@ -31,6 +32,7 @@ from fl_server.store.ports import Collection
 
 Context = grpc.aio.ServicerContext[Any, Any]
 MAX_ID_BYTES = 1024
+STATUS_RECEIVED = pb.Response(sender=convert.COMBINER, response="Status received.")
 # whose token the call has, where it says: set for each call before its method runs
 token_of: ContextVar[ClientId | None] = ContextVar("token_of", default=None)
 caller: ContextVar[str | None] = ContextVar("caller", default=None)  # what its metadata call the client, once read
@@ -189,9 +191,9 @@ class Servicer:
 
     async def SendStatus(self, request: pb.Status, context: Context) -> pb.Response:
         client = self._attached_sender(context, request.sender)
-        document = convert.status_document(request, client, self._scheduler.clock())
-        self._scheduler.journal.offer(Collection.STATUSES, document)
-        return pb.Response(sender=convert.COMBINER, response="Status received.")
+        made = functools.partial(convert.status_document, request, client, self._scheduler.clock())
+        self._scheduler.journal.offer(Collection.STATUSES, made)
+        return STATUS_RECEIVED
 
     async def SendHeartbeat(self, request: pb.Heartbeat, context: Context) -> pb.Response:
         """A stream that is open is alive: nothing to note."""

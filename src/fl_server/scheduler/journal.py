@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import logging
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fl_server.errors import StoreError
@@ -35,7 +36,7 @@ def record_id(client: str, message: bytes) -> str:
 @dataclass(frozen=True, slots=True)
 class Entry:
     collection: Collection
-    document: Document
+    document: Document | Callable[[], Document]  # or how it is made
     patch: Patch | None = None  # after the document, if that was there already
     durable: asyncio.Future[None] | None = field(default=None, compare=False)
 
@@ -57,8 +58,13 @@ class Journal:
     async def note(self, collection: Collection, document: Document, patch: Patch | None = None) -> None:
         await self._queue.put(Entry(collection, document, patch))
 
-    def offer(self, collection: Collection, document: Document, patch: Patch | None = None) -> None:
-        """As note(), for what may be lost: when the queue is full (the store has been away for long) it is dropped."""
+    def offer(
+        self, collection: Collection, document: Document | Callable[[], Document], patch: Patch | None = None
+    ) -> None:
+        """As note(), for what may be lost: when the queue is full (the store has been away for long) it is dropped.
+
+        document: or how it is made, then with all others of its write: many together cost a third of one at a time.
+        """
         if self._queue.full():
             self.dropped += 1
         else:
@@ -118,7 +124,8 @@ class Journal:
     async def _write(self, group: list[Entry]) -> None:
         by_collection: dict[Collection, list[Document]] = {}
         for entry in group:
-            by_collection.setdefault(entry.collection, []).append(entry.document)
+            document = entry.document() if callable(entry.document) else entry.document
+            by_collection.setdefault(entry.collection, []).append(document)
         for collection, documents in by_collection.items():
             await self._store.append(collection, documents)
         if patches := [entry.patch for entry in group if entry.patch]:
