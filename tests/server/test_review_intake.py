@@ -8,7 +8,7 @@ import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -144,6 +144,7 @@ async def test_a_check_whose_caller_left_leaves_no_file(tmp_path: Path) -> None:
         (tmp_path / "work").mkdir()
 
         class Around:
+            preparers: ClassVar[list[object]] = []
             workshop = Workshop(None, spool, ThreadPoolExecutor(1), tmp_path / "work", 100)  # type: ignore[arg-type]
 
         intake = Intake(Around())  # type: ignore[arg-type]

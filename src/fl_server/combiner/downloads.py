@@ -26,6 +26,7 @@ class Downloads:
     def __init__(self, scheduler: Scheduler, disk: Executor, *, kept_bytes: int) -> None:
         self._scheduler, self._disk, self._kept_bytes = scheduler, disk, kept_bytes
         self._kept: OrderedDict[str, tuple[asyncio.Future[list[bytes] | None], int]] = OrderedDict()
+        scheduler.preparers.append(lambda record: self._shared(record.model.id, is_new=True))
 
     async def messages(self, model_id: str) -> AsyncIterator[bytes]:
         """Serialized ModelResponse messages, the closing one included. Raises Missing."""
@@ -40,8 +41,11 @@ class Downloads:
             offset += len(chunk)
         yield _end(model_id)
 
-    async def _shared(self, model_id: str) -> list[bytes] | None:
-        """The kept messages, read once if they are not there yet; None if the model is too large to keep."""
+    async def _shared(self, model_id: str, *, is_new: bool = False) -> list[bytes] | None:
+        """The kept messages, read once if they are not there yet; None if the model is too large to keep.
+
+        is_new: its bytes are there, and its record is being written.
+        """
         while kept := self._kept.get(model_id):
             self._kept.move_to_end(model_id)
             try:
@@ -51,7 +55,7 @@ class Downloads:
         loaded: asyncio.Future[list[bytes] | None] = asyncio.get_running_loop().create_future()
         self._kept[model_id] = (loaded, 0)
         try:
-            messages = await self._load(model_id)
+            messages = await self._load(model_id, is_new)
         except BaseException:
             self._forget(model_id, loaded)
             loaded.set_exception(_LoaderLeft())
@@ -62,10 +66,10 @@ class Downloads:
             self._forget(model_id, loaded)
         return messages
 
-    async def _load(self, model_id: str) -> list[bytes] | None:
+    async def _load(self, model_id: str, is_new: bool) -> list[bytes] | None:
         scheduler = self._scheduler
-        known = await scheduler.insist(scheduler.store.get, Collection.MODELS, model_id)  # it may be any text
-        size_bytes = await scheduler.insist(scheduler.models.size_bytes, model_id) if known else None
+        known = is_new or (await scheduler.insist(scheduler.store.get, Collection.MODELS, model_id)) is not None
+        size_bytes = await scheduler.insist(scheduler.models.size_bytes, model_id) if known else None  # else any text
         if size_bytes is None:
             raise Missing(f"no model {model_id}")
         if size_bytes > self._kept_bytes:

@@ -56,6 +56,7 @@ class Intake:
         self._scheduler, self._work = scheduler, scheduler.workshop
         self._checks = itertools.count()
         self._layouts: OrderedDict[ModelId, asyncio.Future[codec.Layout]] = OrderedDict()
+        scheduler.preparers.append(self._layout)
 
     async def receive(self, task: Task, announced: Announced, patience_s: float) -> Reply:
         """The update's verdict, durable. Raises TimeoutError when a store is away for longer than patience_s.

@@ -6,18 +6,20 @@ A session's state is its own task's; a store that is away is waited for here, in
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
 import random
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fl_client.wire import codec
 from fl_server.core.events import (
     Broken,
     ClientAttached,
@@ -52,7 +54,7 @@ from fl_server.core.model import (
 from fl_server.core.round import over
 from fl_server.core.session import Session
 from fl_server.deadlines import Deadlines
-from fl_server.errors import Conflict, Invalid, NotFound, Unavailable
+from fl_server.errors import Conflict, FlserveError, Invalid, NotFound, Unavailable
 from fl_server.scheduler import records
 from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.calls import Calls, Reply
@@ -118,6 +120,8 @@ class Scheduler:
         self._arriving: Counter[ClientId] = Counter()  # their presence is being recorded
         self._tasks: asyncio.TaskGroup
         self._telling: set[asyncio.Task[None]] = set()  # that clients left
+        self.preparers: list[Callable[[SessionRecord], Awaitable[object]]] = []  # see prepare()
+        self._preparing: set[asyncio.Task[None]] = set()
         self._round_ids = itertools.count(1)
         self._not_running: str | None = "starting"
 
@@ -136,7 +140,7 @@ class Scheduler:
                 yield self
             finally:
                 self.stop_serving()
-                for task in [*background, *self._telling]:
+                for task in [*background, *self._telling, *self._preparing]:
                     task.cancel()
                 for session in self._sessions.values():
                     session.main.cancel()
@@ -592,6 +596,17 @@ class Scheduler:
         task = self._sessions[session_id] = SessionTask(self, session, facts, rounds)
         task.main = self._tasks.create_task(task.run(), name=f"session {session_id}")
         return task
+
+    def prepare(self, record: SessionRecord) -> None:
+        """The session's model is about to be asked for by many: what that needs is made beside its commit."""
+        for prepare in self.preparers:
+            preparing = self._tasks.create_task(self._prepare(prepare, record), name="prepare")
+            self._preparing.add(preparing)
+            preparing.add_done_callback(self._preparing.discard)
+
+    async def _prepare(self, prepare: Callable[[SessionRecord], Awaitable[object]], record: SessionRecord) -> None:
+        with contextlib.suppress(FlserveError, OSError, codec.BadModel):  # whoever needs it meets it again
+            await prepare(record)
 
     def new_round_id(self) -> str:
         return str(next(self._round_ids))

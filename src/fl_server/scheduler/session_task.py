@@ -70,6 +70,7 @@ class Surroundings(Protocol):
     insist: Insist
 
     async def write(self, writes: Sequence[Write]) -> None: ...
+    def prepare(self, record: SessionRecord) -> None: ...
     async def load(self, session_id: str) -> tuple[Session, records.SessionFacts, Rounds]: ...
     async def verdict(self, task: Task, update_id: UpdateId) -> Reply: ...
     def new_round_id(self) -> str: ...
@@ -266,6 +267,7 @@ class SessionTask:
 
     async def _carry_out(self, effects: list[Effect]) -> None:
         around, issued = self._around, 0
+        self._begin_early(effects)
         if writes := self._writes(effects, around.clock()):
             began_at = around.outages.now()
             await around.write(writes)
@@ -288,11 +290,25 @@ class SessionTask:
                         await asyncio.sleep(0)
                 case WakeAt(at_s):
                     self._alarm = at_s
-                case Fold() | Aggregate():
+                case Fold():
                     self._aggregation.order(effect)
+                case Aggregate():  # ordered already
+                    pass
                 case Discard():
                     self._aggregation.abandon(effect)
                     self.clear(effect)
+
+    def _begin_early(self, effects: Sequence[Effect]) -> None:
+        """What promises nothing to anybody is done beside the write that comes first."""
+        issues = any(isinstance(effect, IssueTask) for effect in effects)
+        for effect in effects:
+            match effect:
+                case Aggregate():
+                    self._aggregation.order(effect)
+                case SaveModel(record) if issues:
+                    self._around.prepare(record)
+                case _:
+                    pass
 
     def clear(self, ended: Discard) -> None:
         """An attempt's updates leave the spool, in the order of these calls and beside the inbox."""
