@@ -101,6 +101,40 @@ async def test_uploads_that_come_while_one_is_written_are_written_together(tmp_p
         assert [content(spool, name) for name in names] == [b"%d" % n for n in range(50)]
 
 
+async def test_an_upload_waits_for_those_that_are_coming_and_not_for_nobody(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "GATHERED_S", 1e6)  # for ever: only what has come lets a write begin
+    spool, written = await opened(tmp_path, executor), []
+    append = spool._segments._append
+
+    def counted(target: Any, records: Any) -> Any:
+        written.append(len(records))
+        return append(target, records)
+
+    monkeypatch.setattr(spool._segments, "_append", counted)
+    await received(spool, "alone", b"x")
+    coming = [await spool.begin("c", f"{index}") for index in range(5)]
+    for upload in coming:
+        assert upload.buffer(b"y")
+    first = [asyncio.ensure_future(upload.finish()) for upload in coming[:3]]
+    await asyncio.sleep(0)
+    assert not any(one.done() for one in first) and written == [1]
+    await coming[3].abort()
+    await coming[4].finish()
+    await asyncio.gather(*first)
+    assert written == [1, 4]
+    assert spool._segments.coming == 0
+
+
+async def test_an_upload_does_not_wait_long_for_one_that_does_not_come(tmp_path: Path, executor: Executor) -> None:
+    spool = await opened(tmp_path, executor)
+    late = await spool.begin("c", "late")
+    name = await asyncio.wait_for(received(spool, "here", b"x"), 60)
+    assert content(spool, name) == b"x"
+    await late.abort()
+
+
 @pytest.mark.parametrize("cut_bytes", [1, 50, 99, 100, 150])
 async def test_a_record_that_is_not_whole_is_not_there_after_a_restart(
     tmp_path: Path, executor: Executor, cut_bytes: int
