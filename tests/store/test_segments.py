@@ -85,14 +85,33 @@ async def test_nothing_stays_on_the_disk_when_all_is_removed(tmp_path: Path, exe
     assert [path.stat().st_size for path in tmp_path.iterdir()] == [73]
 
 
+class Counting(ThreadPoolExecutor):
+    calls = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.calls += 1
+        return super().submit(fn, *args, **kwargs)
+
+
+async def test_a_removal_of_many_lets_others_have_their_turn_and_moves_nothing_that_is_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 100)  # each of these uploads fills one
+    with Counting(1) as executor:
+        spool = await opened(tmp_path, executor)
+        names = [await received(spool, f"{n}", bytes(100)) for n in range(600)]
+        executor.calls = 0
+        removing = asyncio.create_task(spool.remove(names))
+        left = set()
+        while not removing.done():
+            await asyncio.sleep(0)
+            left.add(spool.used_bytes // 100)
+        assert left == {600 - 256, 600 - 2 * 256, 0}
+        assert executor.calls == 1
+    assert files(tmp_path) == []
+
+
 async def test_uploads_that_come_while_one_is_written_are_written_together(tmp_path: Path) -> None:
-    class Counting(ThreadPoolExecutor):
-        calls = 0
-
-        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-            self.calls += 1
-            return super().submit(fn, *args, **kwargs)
-
     with Counting(1) as executor:
         spool = await opened(tmp_path, executor)
         executor.calls = 0

@@ -144,13 +144,14 @@ class Segments:
         self._gather()
         await done
 
-    def drop(self, names: Iterable[str]) -> None:
+    def drop(self, names: Iterable[str], *, more_follow: bool = False) -> None:
         """They are not needed any more; names that are not here are passed over."""
         for name in names:
             self._forget_recent(name)
             if place := self._places.pop(name, None):
                 _leave(place, name)
-        self._write_next()
+        if not more_follow:
+            self._write_next()
 
     # ---- one write at a time
 

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _PIECE_BYTES = 2 * 1024 * 1024  # of a large upload, written at a time
 _MOST_SPARES = 16  # files of removed uploads, to be written over: new pages cost three times as much as their bytes
-_REMOVED_AT_ONCE = 256  # then others get their turn in the executor
+_REMOVED_AT_ONCE = 256  # then others get their turn, on the loop and in the executor
 _NAME = re.compile(r"[0-9a-f]{32}\.[0-9]{20}")
 _REPLACED_MODE = 0o440  # uploads can be written, replaced files cannot: a mark that is set with the name
 
@@ -242,20 +242,30 @@ class Spool:
 
     async def remove(self, names: Iterable[str]) -> None:
         """Empty names, and names of uploads that are gone, are passed over."""
-        names = [name for name in names if name]
-        small = {name for name in names if name in self._segments}
-        self._segments.drop(small)
-        for name in small:
-            self._forget(name)
-        names = [name for name in names if name not in small]
-        for start in range(0, len(names), _REMOVED_AT_ONCE):
-            batch = names[start : start + _REMOVED_AT_ONCE]
+        large = await self._remove_small([name for name in names if name])
+        for start in range(0, len(large), _REMOVED_AT_ONCE):
+            batch = large[start : start + _REMOVED_AT_ONCE]
             spares = {self.path(name): self._folder / f"{next(self._parts)}{PART}" for name in self._to_spare(batch)}
             removing = self._start("remove", partial(_remove, [self.path(name) for name in batch], spares))
             removing.add_done_callback(self._keep_spares)
             await asyncio.shield(removing)  # whoever is cancelled here, the thread goes on
             for name in batch:
                 self._forget(name)
+
+    async def _remove_small(self, names: Sequence[str]) -> list[str]:
+        """Those that are in segments, some of them at a time: 10,000 would hold the loop for 30 ms. The others."""
+        large: list[str] = []
+        for start in range(0, len(names), _REMOVED_AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
+            small: list[str] = []
+            for name in names[start : start + _REMOVED_AT_ONCE]:  # asked now: replace() makes a file of one
+                (small if name in self._segments else large).append(name)
+            # nothing is moved out of a segment from which more is about to go
+            self._segments.drop(small, more_follow=start + _REMOVED_AT_ONCE < len(names))
+            for name in small:
+                self._forget(name)
+        return large
 
     def _to_spare(self, names: Sequence[str]) -> list[str]:
         """The first of them, as many as there may be."""
