@@ -7,7 +7,7 @@ it. Nothing here decides anything.
 from __future__ import annotations
 
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fl_server.core.model import (
@@ -150,7 +150,8 @@ def round_put(record: RoundRecord, facts: RoundFacts, config: SessionConfig, bas
             "number": record.number,
             "attempt": record.attempt,
             "ordinal": int(facts.round_id),
-            "record": asdict(record),
+            # not asdict(): it copies each name of the cohort, 5 ms on the loop for 10,000
+            "record": {field.name: getattr(record, field.name) for field in fields(record)},
         },
     }
     return Put(Collection.ROUNDS, document)
