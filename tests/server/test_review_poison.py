@@ -15,6 +15,7 @@ from fl_client.wire import codec
 from fl_client.wire import fl_pb2 as pb
 from fl_server.core.model import Status
 from fl_server.errors import Unavailable
+from fl_server.scheduler.journal import WOKEN_AT_ONCE
 from fl_server.scheduler.scheduler import METRICS_SHOWN
 from fl_server.store.ports import Collection, Put, PutReport, Query, Write
 from tests.server.virtual_world import World, on_virtual_time
@@ -63,6 +64,18 @@ async def test_a_record_that_the_store_cannot_hold_is_refused_alone(world: World
     assert isinstance(done[0], ValueError)
     assert done[1] is None
     assert [metric["metric_id"] for metric in await world.store.find(Collection.METRICS, Query())] == ["good"]
+
+
+@on_virtual_time
+async def test_of_many_whose_records_are_one_write_some_hear_of_it_at_a_time(world: World) -> None:
+    documents = [{"metric_id": f"{number}", "value": 1.0} for number in range(3 * WOKEN_AT_ONCE + 1)]
+    record = world.scheduler.journal.record
+    waiting = [asyncio.ensure_future(record(Collection.METRICS, document)) for document in documents]
+    heard = {0}
+    while max(heard) < len(waiting):
+        await asyncio.sleep(0)
+        heard.add(sum(one.done() for one in waiting))
+    assert heard == {0, WOKEN_AT_ONCE, 2 * WOKEN_AT_ONCE, 3 * WOKEN_AT_ONCE, len(waiting)}
 
 
 @on_virtual_time

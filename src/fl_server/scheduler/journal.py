@@ -22,6 +22,7 @@ from fl_server.store.ports import Collection, Document, Patch, StateStore
 logger = logging.getLogger(__name__)
 QUEUE_SIZE = 4096  # full: record() and note() wait, and so does the client
 GROUP_SIZE = 1024
+WOKEN_AT_ONCE = 64  # callers; then all else has its turn
 NOTE_DELAY_S = 0.2
 _NAMESPACE = uuid.UUID("6a1f4a0e-6f0b-5e0c-9a55-0f1d3a6c7b21")
 
@@ -100,7 +101,9 @@ class Journal:
             elif not entry.durable.done():
                 entry.durable.set_exception(refused)
         else:
-            for entry in group:
+            for index, entry in enumerate(group):
+                if index and not index % WOKEN_AT_ONCE:
+                    await asyncio.sleep(0)
                 if entry.durable and not entry.durable.done():  # a caller that left is not waited for
                     entry.durable.set_result(None)
 
