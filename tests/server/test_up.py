@@ -25,7 +25,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fl_client.wire import codec
-from fl_server.app import COUNT_OBJECTS_EVERY_S, QUIET_GROWTH, short_collections
+from fl_server.app import COUNT_OBJECTS_EVERY_S, QUIET_GROWTH, YOUNG_UP_TO_S, short_collections
 from fl_server.cli import app
 from fl_server.settings import Settings
 from fl_server.testing import ServerProcess
@@ -316,11 +316,28 @@ def test_a_wrong_command_line_is_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
 
-def test_garbage_among_what_collections_leave_alone_is_found_once_it_has_grown_and_nothing_runs() -> None:
-    class Cycle:
-        def __init__(self) -> None:
-            self.itself = self
+class Cycle:
+    def __init__(self) -> None:
+        self.itself = self
 
+
+def test_young_objects_are_looked_at_after_a_while_however_many_python_has_counted() -> None:
+    async def main() -> None:
+        async with short_collections(lambda: False):
+            gc.disable()
+            try:
+                gone = weakref.ref(Cycle())
+                assert gone() is not None
+                await asyncio.sleep(2 * YOUNG_UP_TO_S)
+                assert gone() is None
+            finally:
+                gc.enable()
+
+    with virtual_loop() as loop:
+        loop.run_until_complete(main())
+
+
+def test_garbage_among_what_collections_leave_alone_is_found_once_it_has_grown_and_nothing_runs() -> None:
     is_quiet = False
 
     async def main() -> None:
