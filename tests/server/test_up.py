@@ -369,3 +369,17 @@ async def test_it_may_open_as_many_files_as_the_system_lets_it(tmp_path: Path) -
     limits = Path(f"/proc/{server.pid}/limits").read_text()
     await server.stop()
     assert re.search(rf"Max open files +{hard} +{hard} ", limits)
+
+
+async def test_it_says_when_too_few_files_may_be_open_for_the_clients_that_it_admits(tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    environment = {"FL_MAX_CLIENTS": f"{hard}", "FL_HTTP_MAX_CONNECTIONS": "1"}
+    async with ServerProcess(tmp_path / "data", environment=environment) as server:
+        said = f"few open files are allowed limit={hard} clients_and_connections={hard + 1}"
+        assert said in server.log.read_text()
+
+
+async def test_it_says_nothing_of_open_files_where_they_are_enough(tmp_path: Path) -> None:
+    environment = {"FL_MAX_CLIENTS": "10", "FL_HTTP_MAX_CONNECTIONS": "10"}
+    async with ServerProcess(tmp_path / "data", environment=environment) as server:
+        assert "open files" not in server.log.read_text()
