@@ -78,7 +78,12 @@ async def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--clients", type=int, default=10_000, help="attached ones, in connections")
     parser.add_argument("--big", action="store_true", help="memory of 100 MB x 100 and 1 GB x 4, too: 20 GB of disk")
+    parser.add_argument("--memory", action="store_true", help="that part alone: it is printed, and nothing is written")
     asked = parser.parse_args()
+    sizes = memory.ROWS + (memory.BIG_ROWS if asked.big else ())
+    if asked.memory:
+        print("\n".join(memory.report([await memory.measure(row) for row in sizes])))
+        return
     head, done = machine(), []
     for row in ROWS:
         done.append((row, await rounds.measure(row, asked.turns)))
@@ -87,7 +92,6 @@ async def main() -> None:
     async with stores.services() as running:
         beside = [await stores.measure(row, asked.turns, running) for row in stores.ROWS]
     lines += ["", "## MongoDB and S3 beside SQLite and files", "", *stores.report(beside)]
-    sizes = memory.ROWS + (memory.BIG_ROWS if asked.big else ())
     lines += ["", "## Memory", "", *memory.report([await memory.measure(row) for row in sizes])]
     lines += ["", "## Connections", "", *connections.report(await connections.measure(asked.clients, 1_000))]
     lines += ["", "## What holds the loop", "", *lag.report(await lag.measure_all(asked.clients))]
