@@ -14,7 +14,7 @@ import numpy as np
 
 Parameters = list[np.ndarray]
 
-BLOCK_ELEMENTS = 32_768  # of float64: accumulator, scratch and input stay in the cache of one core
+BLOCK_ELEMENTS = 65_536  # of float64: they stay in a core's cache, and a call is worth its waits for the GIL
 STRIPE_ELEMENTS = 4 * BLOCK_ELEMENTS  # read from one update at a time
 
 
