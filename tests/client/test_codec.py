@@ -226,6 +226,17 @@ def test_the_digest_is_the_files_in_whatever_order_the_blocks_come(
     assert writer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("helper", codec.HELPERS)
+def test_a_larger_file_is_written_over_and_cut(tmp_path: Path, helper: str) -> None:
+    new, old, values = tmp_path / "new", tmp_path / "old", np.arange(5.0)
+    old.write_bytes(b"x" * 10_000)
+    number = old.stat().st_ino
+    layout = (codec.ArraySpec("0", values.dtype, values.shape),)
+    written = [codec.write(path, helper, layout, [[values]]) for path in (new, old)]
+    assert written[0] == written[1]
+    assert (old.read_bytes(), old.stat().st_ino) == (new.read_bytes(), number)
+
+
 def test_blocks_that_do_not_fit_leave_no_file(tmp_path: Path) -> None:
     path = tmp_path / "model"
     layout = (codec.ArraySpec("0", np.dtype(np.float64), (2,)),)

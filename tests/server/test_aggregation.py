@@ -126,6 +126,33 @@ async def test_the_mean_is_weighted_by_examples_and_keeps_the_models_dtypes(benc
     assert (model.round, model.attempt, model.parent, model.num_updates) == (1, 1, "seed", 2)
 
 
+async def test_the_model_is_written_over_the_file_of_a_removed_upload(bench: Bench) -> None:
+    values = np.arange(600_000, dtype=np.float32)
+    await bench.models.put("seed", codec.encode([values]))
+    gone = await bench.report("gone", np.arange(700_000, dtype=np.float32))
+    number = bench.spool.path(gone.update.blob).stat().st_ino
+    reports = (await bench.report("a", values), await bench.report("b", values * 3))
+    fresh, _ = await bench.model(Aggregate(SEED, 1, 1, reports))
+    mode = (await bench.models.local(fresh.id)).stat().st_mode
+    await bench.spool.remove([gone.update.blob])
+    made, parameters = await bench.model(Aggregate(SEED, 1, 1, reports))
+    status = (await bench.models.local(made.id)).stat()
+    assert made == fresh, "the id is made from the bytes"
+    assert np.array_equal(parameters[0], values * 2)
+    assert (status.st_ino, status.st_mode) == (number, mode)
+    assert list(bench.folder.iterdir()) == []
+
+
+async def test_a_spared_file_stays_nowhere_when_the_aggregation_fails(bench: Bench) -> None:
+    values = np.arange(600_000, dtype=np.float32)
+    await bench.models.put("seed", codec.encode([values]))
+    gone, lost = await bench.report("gone", values), await bench.report("lost", values)
+    await bench.spool.remove([gone.update.blob])
+    bench.spool.path(lost.update.blob).unlink()
+    assert isinstance(await bench.outcome(Aggregate(SEED, 1, 1, (lost,))), UpdateLost)
+    assert [*bench.folder.iterdir(), *bench.spool.path(lost.update.blob).parent.glob("*.part")] == []
+
+
 async def test_what_was_folded_early_is_dropped_when_another_set_is_aggregated(bench: Bench) -> None:
     a, b, c = [await bench.report(client, *arrays(10.0**power)) for power, client in enumerate("abc")]
     _, parameters = await bench.model(Fold(a), Fold(b), Fold(c), Aggregate(SEED, 1, 1, (a, c)))

@@ -599,14 +599,29 @@ LARGE = 3 * MIB
 
 async def test_a_removed_uploads_file_is_written_over_by_the_next_one(folder: Path, executor: Executor) -> None:
     spool = await opened(folder, executor)
-    name = await received(spool, "c", "u", b"a" * (LARGE + 5))
-    number = spool.path(name).stat().st_ino
-    await spool.remove([name])
+    names = [await received(spool, "c", f"{number}", b"a" * (LARGE + 5)) for number in range(2)]
+    numbers = {spool.path(name).stat().st_ino for name in names}
+    await spool.remove(names)
     assert spool.used_bytes == 0
     next_one = await received(spool, "c", "v", b"b" * LARGE)
-    assert spool.path(next_one).stat().st_ino == number
+    assert spool.path(next_one).stat().st_ino in numbers
     assert spool.path(next_one).read_bytes() == b"b" * LARGE
-    assert len(files(folder)) == 1
+    assert len(files(folder)) == 2
+
+
+async def test_the_last_file_to_write_over_is_left_for_the_rounds_model(folder: Path, executor: Executor) -> None:
+    spool = await opened(folder, executor)
+    names = [await received(spool, "c", f"{size}", b"a" * size) for size in (LARGE, 2 * LARGE)]
+    numbers = [spool.path(name).stat().st_ino for name in names]
+    await spool.remove(names)
+    assert spool.take_spare(10) is None, "a small file is not worth it"
+    assert (nearest := spool.take_spare(LARGE + 5)) is not None
+    assert nearest.stat().st_ino == numbers[0]
+    uploaded = await received(spool, "c", "v", b"b" * LARGE)
+    assert spool.path(uploaded).stat().st_ino != numbers[1]
+    assert (last := spool.take_spare(LARGE)) is not None
+    assert last.stat().st_ino == numbers[1]
+    assert spool.take_spare(LARGE) is None
 
 
 async def test_what_somebody_keeps_is_not_written_over(folder: Path, executor: Executor) -> None:
@@ -634,7 +649,7 @@ async def test_files_to_write_over_are_within_the_spools_size_and_go_at_a_restar
 
 async def test_a_file_to_write_over_that_somebody_has_removed_is_not_missed(folder: Path, executor: Executor) -> None:
     spool = await opened(folder, executor)
-    await spool.remove([await received(spool, "c", "u", b"a" * LARGE)])
+    await spool.remove([await received(spool, "c", f"{number}", b"a" * LARGE) for number in range(2)])
     for path in folder.iterdir():
         path.unlink()
     name = await received(spool, "c", "v", b"b" * LARGE)
@@ -654,13 +669,13 @@ async def test_a_file_is_written_over_also_if_whoever_removed_it_was_cancelled(
     folder: Path, executor: Executor
 ) -> None:
     spool = await opened(folder, executor)
-    name = await received(spool, "c", "u", b"a" * LARGE)
-    number = spool.path(name).stat().st_ino
-    removing = asyncio.create_task(spool.remove([name]))
+    names = [await received(spool, "c", f"{number}", b"a" * LARGE) for number in range(2)]
+    numbers = {spool.path(name).stat().st_ino for name in names}
+    removing = asyncio.create_task(spool.remove(names))
     await asyncio.sleep(0)
     removing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await removing
     await spool.missing([])  # behind it in the executor
     next_one = await received(spool, "c", "v", b"b" * LARGE)
-    assert spool.path(next_one).stat().st_ino == number
+    assert spool.path(next_one).stat().st_ino in numbers

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from fl_client.wire.layout import (
     finite_blocks,
     finite_fault,
     layout_fault,
+    open_over,
     parameters_fault,
     short,
     squares_are_finite,
@@ -249,7 +251,7 @@ class Written:
 
 
 def write(path: Path, helper: str, layout: Layout, arrays: Sequence[Iterable[Array]]) -> Written:
-    """Writes a model at `path`, not synced, in flat memory; in case of a fault the file is gone.
+    """Writes a model at `path`, over what is there, not synced, in flat memory; in case of a fault the file is gone.
 
     arrays: of each one the values in C order, in blocks of its dtype, asked for in writing_order(). Raises
     BadModel for what the helper cannot hold, ValueError for blocks that do not fit.
@@ -262,11 +264,12 @@ def write(path: Path, helper: str, layout: Layout, arrays: Sequence[Iterable[Arr
         return Written(writer.sha256, writer.size_bytes)
     digest, size_bytes = hashlib.sha256(), 0
     try:
-        with path.open("wb") as file:
+        with BufferedWriter(open_over(path)) as file:
             for chunk in _chunks(helper, layout, arrays):
                 file.write(chunk)
                 digest.update(chunk)
                 size_bytes += len(chunk)
+            file.truncate(size_bytes)
     except BaseException:
         path.unlink(missing_ok=True)
         raise

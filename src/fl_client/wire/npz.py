@@ -37,6 +37,7 @@ from fl_client.wire.layout import (
     ModelFile,
     by_number,
     is_impossible,
+    open_over,
     refuse_dtype,
     refuse_name,
     short,
@@ -611,7 +612,7 @@ def encode(layout: Layout, arrays: Sequence[Array]) -> bytes:
 
 
 class NpzWriter:
-    """Writes a stored npz at `path`, block by block, in flat memory.
+    """Writes a stored npz at `path`, over what is there, block by block, in flat memory.
 
     After the with block `sha256` (hex; "" without digest) and `size_bytes` are those of the whole file, which is not
     synced. Leaving the block by an exception removes the file. One thread uses it.
@@ -629,7 +630,7 @@ class NpzWriter:
         self.size_bytes = 0
 
     def __enter__(self) -> Self:
-        self._file = self._path.open("w+b", buffering=0)
+        self._file = open_over(self._path)
         return self
 
     def write(self, index: int, block: Array) -> None:
@@ -695,6 +696,7 @@ class NpzWriter:
         start = self._places[-1].end if self._places else 0
         self._put(memoryview(directory), start)
         self.size_bytes = start + len(directory)
+        self._file.truncate(self.size_bytes)
         if self._digest is not None:
             self._digest.update(directory)
             self.sha256 = self._digest.hexdigest()

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import logging
 import math
+import stat
 import threading
 import uuid
 from collections import deque
@@ -131,7 +132,8 @@ class Aggregation:
             loop = asyncio.get_running_loop()
             while True:
                 try:
-                    return await loop.run_in_executor(work.kernel, self._make, job, config, base, state)
+                    spare = work.spool.take_spare(self._model_bytes(job))
+                    return await loop.run_in_executor(work.kernel, self._make, job, config, base, state, spare)
                 except LostUpdate as lost:
                     blob = lost.report.update.blob
                     if work.copies is None or blob in fetched or not await work.copies.fetch(lost.report):
@@ -160,15 +162,25 @@ class Aggregation:
         model = GlobalModel(model_id, job.round, job.attempt, job.base.id, made.sha256, len(job.reports), moments_key)
         return Aggregated(model)
 
-    def _make(self, job: Aggregate, config: SessionConfig, base: Path, state: Path | None) -> Made:
-        """In a kernel thread."""
+    def _model_bytes(self, job: Aggregate) -> int:
+        """About: an update is as large as a model."""
+        try:
+            return self._workshop.spool.size_bytes(job.reports[0].update.blob)
+        except Missing:
+            return 0
+
+    def _make(self, job: Aggregate, config: SessionConfig, base: Path, state: Path | None, spare: Path | None) -> Made:
+        """In a kernel thread. spare: a file to write over; it is gone afterwards."""
         attempt = (job.round, job.attempt)
         stem = f"{self._session}-{job.round}-{job.attempt}"
         close = _Close(self._workshop, config, job.reports, stem, lambda: self._stopping or attempt <= self._over)
         try:
-            return close.make(base, state)
+            return close.make(base, state, spare)
         except OSError as full:
             raise Unavailable(f"write the model of round {job.round}: {full}") from full
+        finally:
+            if spare is not None:
+                spare.unlink(missing_ok=True)
 
 
 class _Close:
@@ -186,7 +198,7 @@ class _Close:
         self._compared: codec.Layout = ()  # an update's that is as the model's
         self._room = _Room()
 
-    def make(self, base: Path, state: Path | None) -> Made:
+    def make(self, base: Path, state: Path | None, spare: Path | None) -> Made:
         """Raises Abandoned, LostUpdate, Unavailable; OSError for a file of ours."""
         limit = self._workshop.max_model_bytes
         with ExitStack() as opened:
@@ -200,7 +212,13 @@ class _Close:
             work = list(stripes(sizes, codec.writing_order(self._config.helper, layout)))
             for is_last in opened.enter_context(contextlib.closing(self._groups())):
                 if is_last:
-                    return self._write(work, layout, moments_layout)
+                    if spare is not None:
+                        self._write_over(spare)
+                    try:
+                        return self._write(work, layout, moments_layout)
+                    except BaseException:
+                        self._target.unlink(missing_ok=True)
+                        raise
                 for sums in _in_order(self._workshop.kernel, self._fold, work):
                     self._sums.update(sums)
         raise AssertionError("a round without updates")
@@ -265,6 +283,13 @@ class _Close:
         for _, file in self._group:
             file.close()
         self._group.clear()
+
+    def _write_over(self, spare: Path) -> None:
+        """The spare becomes the file that the model is written to, with the mode of a new one; or it is left."""
+        with contextlib.suppress(OSError):  # somebody tidied up, or it is on another disk: a new file will do
+            self._target.touch()
+            spare.chmod(stat.S_IMODE(self._target.stat().st_mode))
+            spare.replace(self._target)
 
     def _write(self, work: Sequence[list[Piece]], layout: codec.Layout, moments_layout: codec.Layout) -> Made:
         with ExitStack() as writing:

@@ -284,8 +284,17 @@ class Spool:
         if not removing.cancelled() and removing.exception() is None:
             self._spares.update(removing.result())
 
+    def take_spare(self, about_bytes: int) -> Path | None:
+        """A file that is the caller's from now on, to be written over by one of about that many bytes, or removed."""
+        if not self._spares or about_bytes < _PIECE_BYTES:
+            return None
+        nearest = min(self._spares, key=lambda spare: abs(self._spares[spare] - about_bytes))
+        del self._spares[nearest]
+        return nearest
+
     def _take_spare(self) -> Path | None:
-        return self._spares.popitem()[0] if self._spares else None
+        """The last one is left for the round's model: nobody waits longer for an upload that makes a new file."""
+        return self._spares.popitem()[0] if len(self._spares) > 1 else None
 
     async def _drop_spares(self) -> None:
         if spares := list(self._spares):
