@@ -33,6 +33,13 @@ def test_large_data_are_not_copied() -> None:
     assert read(message) == ("u", LARGE, pb.IN_PROGRESS)
 
 
+def test_data_that_would_keep_a_larger_message_in_memory_are_copied() -> None:
+    beside = b"\x7a" + b"\x80\x80\x40" + bytes(1 << 20)  # a field 15 that is unknown, of 1 MiB
+    message = pb.ModelRequest(id="u", data=LARGE, status=pb.OK).SerializeToString() + beside
+    assert isinstance(convert.chunk(message).data, bytes)
+    assert read(message) == ("u", LARGE, pb.OK)
+
+
 @given(
     st.lists(
         st.sampled_from(

@@ -147,9 +147,9 @@ def recognised_file(path: Path) -> str | None:
         return _recognised(source)
 
 
-def open_model(content: Path | bytes, helper: str, *, max_bytes: int) -> ModelFile:
+def open_model(content: Path | bytes | memoryview, helper: str, *, max_bytes: int) -> ModelFile:
     """A file, or what would be in one. max_bytes: of all arrays after inflation. Raises BadModel, OSError."""
-    source = Memory(content) if isinstance(content, bytes) else Disk(content)
+    source = Disk(content) if isinstance(content, Path) else Memory(content)
     try:
         return _read(source, helper, max_bytes)
     except BaseException:
@@ -173,7 +173,7 @@ class Checked:
 
 
 def check_update(
-    content: Path | bytes,
+    content: Path | bytes | memoryview,
     expected: Layout | None,
     *,
     helper: str = NUMPY,

@@ -28,6 +28,7 @@ KINDS = {
 LARGE_CHUNK_BYTES = 64 * 1024
 _MOST_FIELDS_BEFORE = 8  # the data: a ModelRequest has four other fields
 _VARINT_BYTES = 10  # at most
+_MOST_BESIDE_BYTES = 2048  # the data, in a message that stays in memory as long as they do
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 VERDICTS = {
     Verdict.ACCEPTED: pb.VERDICT_ACCEPTED,
@@ -130,8 +131,8 @@ class Chunk(NamedTuple):
 
 def chunk(message: bytes) -> Chunk:
     """A ModelRequest. A large one's data stay where they are: protobuf would copy them. Raises DecodeError."""
-    if len(message) >= LARGE_CHUNK_BYTES and (found := _data_field(message)):
-        begin, data, end = found
+    begin, data, end = (_data_field(message) if len(message) >= LARGE_CHUNK_BYTES else None) or (0, 0, 0)
+    if end and end - data >= len(message) - _MOST_BESIDE_BYTES:
         rest = pb.ModelRequest.FromString(message[:begin] + message[end:])
         if not rest.data:  # of two it is the last that counts
             return Chunk(rest.id, memoryview(message)[data:end], rest.status)

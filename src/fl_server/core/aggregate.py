@@ -16,6 +16,7 @@ Parameters = list[np.ndarray]
 
 BLOCK_ELEMENTS = 65_536  # of float64: they stay in a core's cache, and a call is worth its waits for the GIL
 STRIPE_ELEMENTS = 4 * BLOCK_ELEMENTS  # read from one update at a time
+LEAST_STRIPES = 4  # of a model that is not very small
 
 
 class Abandoned(Exception):
@@ -108,9 +109,13 @@ class Piece:
 
 
 def stripes(sizes: Sequence[int], order: Iterable[int]) -> Iterator[list[Piece]]:
-    """All values of arrays of these sizes, taken in this order, cut so that about STRIPE_ELEMENTS are in each."""
+    """All values of arrays of these sizes, taken in this order, cut into full stripes and a last one.
+
+    Of at most STRIPE_ELEMENTS; of fewer where else there were not enough for all threads.
+    """
+    full = min(max(BLOCK_ELEMENTS, -(-sum(sizes) // LEAST_STRIPES)), STRIPE_ELEMENTS)
     stripe: list[Piece] = []
-    room = STRIPE_ELEMENTS
+    room = full
     for index in order:
         begin = 0
         while begin < sizes[index]:
@@ -120,7 +125,7 @@ def stripes(sizes: Sequence[int], order: Iterable[int]) -> Iterator[list[Piece]]
             begin = end
             if not room:
                 yield stripe
-                stripe, room = [], STRIPE_ELEMENTS
+                stripe, room = [], full
     if stripe:
         yield stripe
 

@@ -148,10 +148,10 @@ class Intake:
         """left: nobody waits for the result any more, and `stored` is litter."""
         try:
             content = self._work.spool.content(blob)
-            said = bytes_fault(content, announced) if isinstance(content, bytes) else file_fault(content, announced)
+            said = file_fault(content, announced) if isinstance(content, Path) else bytes_fault(content, announced)
             if said:
                 return codec.Checked(said)
-            is_large = not isinstance(content, bytes) or layout_bytes(layout) > INFLATED_TWICE_BYTES
+            is_large = isinstance(content, Path) or layout_bytes(layout) > INFLATED_TWICE_BYTES
             return codec.check_update(
                 content,
                 layout,
@@ -195,7 +195,7 @@ class Intake:
             return file.layout
 
 
-def bytes_fault(data: bytes, announced: Announced) -> str | None:
+def bytes_fault(data: bytes | memoryview, announced: Announced) -> str | None:
     """How they differ from what was announced, if they do."""
     if announced.size_bytes and announced.size_bytes != len(data):
         return _other_size(len(data), announced)

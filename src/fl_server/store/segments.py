@@ -53,7 +53,7 @@ class _Place:
 @dataclass(slots=True)
 class _Pending:
     name: str
-    chunks: Sequence[bytes]
+    chunks: Sequence[bytes | memoryview]
     size_bytes: int
     done: asyncio.Future[None]
 
@@ -64,7 +64,7 @@ class Segments:
     def __init__(self, folder: Path, executor: Executor, *, fsync: bool) -> None:
         self._folder, self._executor, self._fsync = folder, executor, fsync
         self._places: dict[str, _Place] = {}
-        self._recent: OrderedDict[str, bytes] = OrderedDict()
+        self._recent: OrderedDict[str, bytes | memoryview] = OrderedDict()
         self._recent_bytes = 0
         self._open: _Segment | None = None  # the one that is appended to
         self._closed: list[_Segment] = []
@@ -98,10 +98,10 @@ class Segments:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
-    def recent(self, name: str) -> bytes | None:
+    def recent(self, name: str) -> bytes | memoryview | None:
         return self._recent.get(name)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str) -> bytes | memoryview:
         """For any thread; blocking. Raises FileNotFoundError when it is not there, or not whole."""
         while (place := self._places.get(name)) is not None:
             if (recent := self._recent.get(name)) is not None:
@@ -134,7 +134,7 @@ class Segments:
                     break
         return lost
 
-    async def append(self, name: str, chunks: Sequence[bytes]) -> None:
+    async def append(self, name: str, chunks: Sequence[bytes | memoryview]) -> None:
         """Returns when it is durable and found. Repeating it is allowed. Raises Unavailable.
 
         Cancelled, it may still be written: whoever does that drops the name.
@@ -210,7 +210,7 @@ class Segments:
         return []
 
     def _append(
-        self, target: _Segment, records: Sequence[tuple[str, Sequence[bytes], int]]
+        self, target: _Segment, records: Sequence[tuple[str, Sequence[bytes | memoryview], int]]
     ) -> list[tuple[str, int, int, int]]:
         """In the executor. Name, start, size and CRC of each."""
         written, parts, at = [], list[bytes | memoryview](), target.end

@@ -114,7 +114,7 @@ class Spool:
             raise AssertionError(f"{name[:100]!r} is no name of ours")
         return self._folder / name
 
-    def content(self, name: str) -> Path | bytes:
+    def content(self, name: str) -> Path | bytes | memoryview:
         """The upload as a file or, a small one, as its bytes. For any thread; may touch the disk.
 
         Raises FileNotFoundError, or the open of the path does, when it is gone.
@@ -129,7 +129,7 @@ class Spool:
                 return path
             raise
 
-    def in_memory(self, name: str) -> bytes | None:
+    def in_memory(self, name: str) -> bytes | memoryview | None:
         """The bytes of a small upload that came not long ago: no disk is touched."""
         return self._segments.recent(name)
 
@@ -201,7 +201,7 @@ class Spool:
         def work() -> None:
             try:
                 content = self.content(name)
-                if isinstance(content, bytes):
+                if not isinstance(content, Path):
                     link.write_bytes(content)
                     return
                 try:
@@ -481,8 +481,7 @@ class Upload:
             else:
                 self._has_come()
                 with self._needing_room():
-                    # where they are read again they are to be aligned
-                    await self._spool._segments.append(name, [bytes(chunk) for chunk in self._chunks])
+                    await self._spool._segments.append(name, self._chunks)
             self._finished = True
             self._spool._failed_bytes = 0
             self._spool._release(self.size_bytes)
