@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 RENEW_CERTIFICATES_S = 86_400.0
 HEAPS = 2  # of malloc
 M_ARENA_MAX = -8  # glibc's malloc.h
-COLLECT_AFTER = 700, 10, 4  # as Python has it, but for the last: a full collection looks at some 30,000 objects
+COLLECT_AFTER = 700, 10, 4  # as Python has it, but for the last: a full collection looks at 10,000 to 30,000 objects
 YOUNG_UP_TO_S, MOST_UNSEEN = 0.05, 10_000  # objects
 COUNT_OBJECTS_EVERY_S = 600.0
 QUIET_GROWTH, MOST_GROWTH = 50_000, 1_000_000  # objects of about 100 bytes
@@ -549,8 +549,9 @@ def _share_heaps() -> None:
 
     With parts of an object on their way in each that is 130 MB. Whoever sets MALLOC_ARENA_MAX knows better.
     """
-    if "CS_GNU_LIBC_VERSION" in os.confstr_names and "MALLOC_ARENA_MAX" not in os.environ:
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries have none
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt(M_ARENA_MAX, HEAPS)
 
 
 def _raise_file_limit(settings: Settings) -> None:

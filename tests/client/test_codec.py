@@ -231,8 +231,9 @@ def test_a_larger_file_is_written_over_and_cut(tmp_path: Path, helper: str) -> N
     new, old, values = tmp_path / "new", tmp_path / "old", np.arange(5.0)
     old.write_bytes(b"x" * 10_000)
     number = old.stat().st_ino
-    layout = (codec.ArraySpec("0", values.dtype, values.shape),)
-    written = [codec.write(path, helper, layout, [[values]]) for path in (new, old)]
+    layout = tuple(codec.ArraySpec(f"{index}", values.dtype, (5 - index,)) for index in range(6))
+    arrays = [[values[index:]] for index in range(6)]
+    written = [codec.write(path, helper, layout, arrays) for path in (new, old)]
     assert written[0] == written[1]
     assert (old.read_bytes(), old.stat().st_ino) == (new.read_bytes(), number)
 

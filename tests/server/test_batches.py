@@ -88,3 +88,27 @@ async def test_updates_share_writes_and_a_rounds_last_one_does_not_wait(world: W
     assert len(written) <= 3
     assert took_s[11] == 0
     assert max(took_s.values()) < 0.012
+
+
+@on_virtual_time
+async def test_updates_that_come_right_before_the_deadline_are_not_late_for_each_other(world: World) -> None:
+    clients = await world.clients(*"abcd")
+    session_id = await world.started(rounds=1, round_timeout_s=60.0)
+    tasks = [await client.task() for client in clients]
+    began_at = world.now
+    await asyncio.sleep(60.0 - 0.008)
+    verdicts = [
+        asyncio.ensure_future(client.train(task, 1.0)) for client, task in zip(clients[:3], tasks, strict=False)
+    ]
+    assert await asyncio.gather(*verdicts) == ["ACCEPTED"] * 3
+    assert await world.result(session_id) == 1
+    assert world.now - began_at < 60.5
+
+
+@on_virtual_time
+async def test_a_buffer_larger_than_the_cohort_does_not_make_its_last_update_wait(world: World) -> None:
+    clients = await world.clients("a", "b")
+    await world.started(rounds=1, buffer_size=10)
+    began_at = world.now
+    await asyncio.gather(*[client.train(await client.task(), 1.0) for client in clients])
+    assert world.now == began_at

@@ -72,7 +72,7 @@ async def test_a_model_that_cannot_be_read_early_disturbs_nobody(world: World) -
     async def broken(key: str) -> int | None:
         if not failed:
             failed.append(key)
-            raise FileNotFoundError(key)
+            raise RuntimeError(key)
         return await size_bytes(key)
 
     world.scheduler.models.size_bytes = broken  # type: ignore[method-assign]

@@ -94,7 +94,6 @@ class CombinerServer:
         )
         self._server = grpc.aio.server(options=[*OPTIONS, *limits.options(), *window])
         self._credentials, self._limits = credentials, limits
-        self.rpcs: list[str] = []  # package.Service/Method
         self._methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by path
         guard = Guard(limits.max_calls_per_peer)
         timeout_s = limits.grpc_request_timeout_s
@@ -105,7 +104,11 @@ class CombinerServer:
 
     def _serve(self, service: str, methods: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
         self._methods |= {f"/{service}/{method}": handler for method, handler in methods.items()}
-        self.rpcs += [f"{service}/{method}" for method in methods]
+
+    @property
+    def rpcs(self) -> list[str]:
+        """package.Service/Method."""
+        return [path.removeprefix("/") for path in self._methods]
 
     async def start(self, host: str, port: int) -> int:
         """Listens; returns the port (port 0: a free one). Raises Unavailable if it is taken."""

@@ -1,7 +1,7 @@
 """What can have happened to a session (Event), and what may have to be done (Effect).
 
 Time is not in the events: step() takes it, so that no event can lack it. An effect that begins with Save is
-durable before any effect after it is carried out.
+durable before any effect after it is carried out; only Aggregate, of which nobody hears before it has ended, may begin.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ A session's state is its own task's; a store that is away is waited for here, in
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import logging
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_client.wire import codec
 from fl_server.core.events import (
     Broken,
     ClientAttached,
@@ -54,7 +52,7 @@ from fl_server.core.model import (
 from fl_server.core.round import over
 from fl_server.core.session import Session
 from fl_server.deadlines import Deadlines
-from fl_server.errors import Conflict, FlserveError, Invalid, NotFound, Unavailable
+from fl_server.errors import Conflict, Invalid, NotFound, Unavailable
 from fl_server.scheduler import records
 from fl_server.scheduler.aggregation import Workshop
 from fl_server.scheduler.calls import Calls, Reply
@@ -605,8 +603,10 @@ class Scheduler:
             preparing.add_done_callback(self._preparing.discard)
 
     async def _prepare(self, prepare: Callable[[SessionRecord], Awaitable[object]], record: SessionRecord) -> None:
-        with contextlib.suppress(FlserveError, OSError, codec.BadModel):  # whoever needs it meets it again
+        try:
             await prepare(record)
+        except Exception:  # nobody waits for it, and whoever needs it meets it again, in a call of its own
+            logger.exception("model not prepared", extra={"model": record.model.id})
 
     def new_round_id(self) -> str:
         return str(next(self._round_ids))

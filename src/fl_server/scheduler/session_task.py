@@ -1,7 +1,8 @@
 """Owns one session: takes what happened from its inbox, lets the core decide, carries the effects out in order.
 
-Saves of a whole batch of events are one write and come first; whatever the core ordered after them follows in its
-order. Nobody else holds the session; what others need of it is asked through the methods here, which only read.
+Saves of a whole batch of events are one write and come first, but for what promises nothing: an Aggregate begins
+beside them. Whatever else the core ordered after them follows in its order. Nobody else holds the session; what others
+need of it is asked through the methods here, which only read.
 """
 
 from __future__ import annotations
@@ -246,9 +247,12 @@ class SessionTask:
         """Lets more updates come into the same write, until with them the round may be complete: a write for every two
         or three costs more than the updates themselves."""
         round, buffer_size = self._session.round, self._session.record.config.buffer_size
-        if isinstance(first, UpdateReceived) and round is not None:
-            least = len(round.reports) if buffer_size < 1 else buffer_size
-            await self.inbox.gather(min(least - round.reported, BATCH_SIZE) - 1, GATHERED_S)
+        if not isinstance(first, UpdateReceived) or round is None:
+            return
+        if self._alarm is not None and self._alarm - self._around.clock() < 2 * GATHERED_S:
+            return  # they came before the deadline, and shall be decided before it
+        least = min(len(round.reports), buffer_size) if buffer_size > 0 else len(round.reports)
+        await self.inbox.gather(min(least - round.reported, BATCH_SIZE) - 1, GATHERED_S)
 
     async def _decide(self, events: list[Event]) -> list[Effect]:
         effects: list[Effect] = []
@@ -292,7 +296,7 @@ class SessionTask:
                     self._alarm = at_s
                 case Fold():
                     self._aggregation.order(effect)
-                case Aggregate():  # ordered already
+                case Aggregate():  # ordered already, unless it was over at once
                     pass
                 case Discard():
                     self._aggregation.abandon(effect)
@@ -301,9 +305,10 @@ class SessionTask:
     def _begin_early(self, effects: Sequence[Effect]) -> None:
         """What promises nothing to anybody is done beside the write that comes first."""
         issues = any(isinstance(effect, IssueTask) for effect in effects)
+        over = {(effect.round, effect.attempt) for effect in effects if isinstance(effect, Discard)}
         for effect in effects:
             match effect:
-                case Aggregate():
+                case Aggregate() if (effect.round, effect.attempt) not in over:
                     self._aggregation.order(effect)
                 case SaveModel(record) if issues:
                     self._around.prepare(record)

@@ -255,16 +255,19 @@ class Spool:
     async def _remove_small(self, names: Sequence[str]) -> list[str]:
         """Those that are in segments, some of them at a time: 10,000 would hold the loop for 30 ms. The others."""
         large: list[str] = []
-        for start in range(0, len(names), _REMOVED_AT_ONCE):
-            if start:
-                await asyncio.sleep(0)
-            small: list[str] = []
-            for name in names[start : start + _REMOVED_AT_ONCE]:  # asked now: replace() makes a file of one
-                (small if name in self._segments else large).append(name)
-            # nothing is moved out of a segment from which more is about to go
-            self._segments.drop(small, more_follow=start + _REMOVED_AT_ONCE < len(names))
-            for name in small:
-                self._forget(name)
+        try:
+            for start in range(0, len(names), _REMOVED_AT_ONCE):
+                if start:
+                    await asyncio.sleep(0)
+                small: list[str] = []
+                for name in names[start : start + _REMOVED_AT_ONCE]:  # asked now: replace() makes a file of one
+                    (small if name in self._segments else large).append(name)
+                # nothing is moved out of a segment from which more is about to go
+                self._segments.drop(small, more_follow=True)
+                for name in small:
+                    self._forget(name)
+        finally:
+            self._segments.drop(())
         return large
 
     def _to_spare(self, names: Sequence[str]) -> list[str]:
