@@ -27,7 +27,7 @@ from tests.virtual import hurried_loop
 T = TypeVar("T")
 NEVER_S = 3600.0  # no round is to end by a deadline because this machine has other things to do
 SIDE_BY_SIDE = 12
-MOST_MISSED = 0.05  # of the points: how often a call is tried again depends on the servers
+MOST_MISSED = 0.2  # of the points: how many reports share a call depends on how busy the servers and this machine are
 
 
 async def started(start: Callable[[], Awaitable[T]]) -> T:
@@ -109,13 +109,17 @@ class OnServices(Undisturbed):
         self.check(federation, ended)
 
     def dies_at(self, points: Iterable[int], *, after: bool, folder: Path) -> None:
-        """Each of these calls is the last of a run's first life; every run ends as the undisturbed one did."""
+        """Each of these calls is the last of a run's first life; every run ends as the undisturbed one did.
+
+        A run that had fewer calls than that lives once: reports that come together share a call.
+        """
         turns, missed, tried = asyncio.Semaphore(SIDE_BY_SIDE), [], list(points)
 
         async def run(k: int) -> None:
             async with turns:
                 federation, ended = await self._services.simulated(folder / str(k), (k, after))
             if federation.lives == 1:
+                assert federation.calls < k, f"the process lived through call {k} of {federation.calls}"
                 missed.append(k)
             self.check(federation, ended)
 
