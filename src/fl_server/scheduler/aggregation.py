@@ -289,6 +289,7 @@ class _Close:
         with contextlib.suppress(OSError):  # somebody tidied up, or it is on another disk: a new file will do
             self._target.touch()
             spare.chmod(stat.S_IMODE(self._target.stat().st_mode))
+            self._target.unlink()  # renamed over a file, ext4 would write all of the spare to the disk first
             spare.replace(self._target)
 
     def _write(self, work: Sequence[list[Piece]], layout: codec.Layout, moments_layout: codec.Layout) -> Made:
