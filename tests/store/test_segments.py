@@ -33,7 +33,7 @@ async def received(spool: Spool, upload: str, data: bytes) -> str:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".spare.part"))
 
 
 def content(spool: Spool, name: str) -> bytes:
@@ -81,8 +81,115 @@ async def test_nothing_stays_on_the_disk_when_all_is_removed(tmp_path: Path, exe
     names = [await received(spool, f"{n}", bytes(1000)) for n in range(20)]
     assert len(files(tmp_path)) == 1
     await spool.remove(names)
-    await received(spool, "another", b"x")  # its write comes after the removal
-    assert [path.stat().st_size for path in tmp_path.iterdir()] == [73]
+    another = await received(spool, "another", b"x")  # its write comes after the removal
+    assert len(list(tmp_path.iterdir())) == 1  # written over
+    spool = await opened(tmp_path, executor)
+    assert spool.stale(float("inf")) == [another]
+
+
+async def test_a_file_is_written_over_and_its_former_contents_are_none(tmp_path: Path, executor: Executor) -> None:
+    spool = await opened(tmp_path, executor)
+    names = [await received(spool, f"{n}", b"%03d" % n * 100) for n in range(20)]
+    [former] = files(tmp_path)
+    inode = (tmp_path / former).stat().st_ino
+    await spool.remove(names)
+    later = [await received(spool, f"later {n}", b"%03d" % -n * 100) for n in range(3)]
+    [again] = files(tmp_path)
+    status = (tmp_path / again).stat()
+    assert again != former
+    assert (status.st_ino, status.st_size > 20 * 300) == (inode, True)
+    spool = await opened(tmp_path, executor)
+    assert {name: content(spool, name) for name in spool.stale(float("inf"))} == {
+        name: b"%03d" % -n * 100 for n, name in enumerate(later)
+    }
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("write", [1, 2], ids=["the first in its file", "behind another"])
+@pytest.mark.parametrize("over", [False, True], ids=["a new file", "over a former one"])
+async def test_of_a_write_that_was_cut_off_nothing_is_found(
+    tmp_path: Path, write: int, over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each of its bytes; two uploads are in it, and as large ones were there before."""
+
+    async def together(spool: Spool, *uploads: str) -> list[str]:
+        begun = [await spool.begin("c", upload) for upload in uploads]  # so they wait for each other
+        for upload, incoming in zip(uploads, begun, strict=True):
+            assert incoming.buffer(upload.encode() * 9)
+        return await asyncio.gather(*(incoming.finish() for incoming in begun))
+
+    async def life(folder: Path, cut: int) -> tuple[set[str], set[str], int]:
+        """What was answered, what is found in the next life, and how many bytes were written at last."""
+        writing = 0
+
+        def cut_off(fd: int, parts: Any, at: int) -> None:
+            nonlocal writing
+            data = b"".join(parts)
+            if cut >= 0:
+                data = data[: max(0, cut - writing)]
+            os.pwrite(fd, data, at)
+            writing += len(b"".join(parts))
+            if writing > cut >= 0:
+                raise Killed
+
+        with ThreadPoolExecutor(1) as executor, monkeypatch.context() as patched:
+            spool = await opened(folder, executor)
+            if over:
+                await spool.remove(await together(spool, "u", "v", "w", "x", "y", "z"))
+            answered = set(await together(spool, "a", "b")) if write == 2 else set[str]()
+            patched.setattr(segments, "write_all", cut_off)
+            try:
+                answered |= set(await together(spool, "c", "d"))
+            except Killed:
+                pass
+            patched.undo()
+            spool = await opened(folder, executor)
+            found = spool.stale(float("inf"))
+            assert all(content(spool, name) in (b"a" * 9, b"b" * 9, b"c" * 9, b"d" * 9) for name in found)
+            return answered, set(found), writing
+
+    answered, found, size_bytes = await life(tmp_path / "whole", -1)
+    assert answered == found
+    assert len(found) == 2 * write
+    for cut in range(24, size_bytes):  # before that the file may be the former one, with what was dropped
+        answered, found, _ = await life(tmp_path / f"{cut}", cut)
+        assert answered == found
+
+
+async def test_one_that_is_moved_while_it_is_read_is_read_again(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its former place may be written over by then."""
+    monkeypatch.setattr(segments, "RECENT_BYTES", 0)
+    spool = await opened(tmp_path, executor)
+    name = await received(spool, "a", b"bytes")
+    place = spool._segments._places[name]
+    read = segments._read
+
+    def moved(place_: Any) -> bytes:
+        if place_ is place:
+            spool._segments._places[name] = segments._Place(place.segment, place.start, place.size_bytes, 0)
+            return b"other"
+        return read(place_)
+
+    monkeypatch.setattr(segments, "_read", moved)
+    assert content(spool, name) == b"bytes"
+
+
+async def test_spared_files_make_room_where_a_disk_has_none(tmp_path: Path, executor: Executor) -> None:
+    spool = await opened(tmp_path, executor)
+    await spool.remove([await received(spool, "a", b"bytes")])
+    async with asyncio.timeout(30):
+        while not spool._segments._spares:
+            await asyncio.sleep(0.001)
+    assert list(tmp_path.glob("*.spare.part"))
+    await spool.probe()
+    assert list(tmp_path.iterdir()) == []
+    name = await received(spool, "b", b"b")
+    assert content(spool, name) == b"b"
 
 
 class Counting(ThreadPoolExecutor):

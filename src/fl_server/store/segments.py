@@ -1,10 +1,13 @@
 """Small uploads, many in one file: what comes together, or while a write is under way, is written in one call.
 
-A file of its own costs an upload of 100 kB thirty times as much as its bytes do. A segment is only appended to, and is
-removed when nothing in it is needed any more; one that holds little that is needed is emptied into the newest. After a
-crash it is read up to its first record that is not whole. What was dropped may be found again then: it is swept with
-what is too old. Methods are called on the loop, and only there, except
-read() and lost().
+A file of its own costs an upload of 100 kB thirty times as much as its bytes do. A segment is only appended to; when
+nothing in it is needed any more its file is written over by a later one, for new pages cost more than their bytes. One
+that holds little that is needed is emptied into the newest. After a crash it is read up to the last write that was
+whole. What was dropped may be found again then: it is swept with what is too old. Methods are called on the loop, and
+only there, except read() and lost().
+
+A file begins with its segment's tag, and each record ends its own head with it: 16 random bytes, so that nothing of the
+file's former contents, which strangers sent, is taken for a record. The head of a write's first record is written last.
 """
 
 from __future__ import annotations
@@ -21,25 +24,32 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fl_server.store.disk import disk_errors, sync
+from fl_server.errors import Unavailable
+from fl_server.store.disk import PART, disk_errors, sync
 
 SEGMENT_BYTES = 32 * 1024 * 1024  # a larger one is closed
 RECENT_BYTES = 128 * 1024 * 1024  # of what was written last, still in memory
 GATHERED_S = 0.003  # a write waits so long for more, if more are under way: it costs more than what it writes
-_RECORD = struct.Struct("<4sIQ56s")  # magic, CRC-32 of the bytes (0: not taken), their number, the name
-_MAGIC = b"fl\x01u"
+_HEAD = struct.Struct("<8s16s")  # magic, tag
+_MAGIC = b"flserve\x02"
+_RECORD = struct.Struct("<IQ56s16s")  # CRC-32 of the bytes (0: not taken), their number, the name, the tag
+_NO_RECORD = bytes(_RECORD.size)
 _FILE = re.compile(r"[0-9]{12}\.segment")
 _MOST_GATHERED = 64
 _MOST_PARTS = 512  # of one writev; IOV_MAX is 1024
+_MOST_SPARES = 4  # files to be written over
+_SPARE_BYTES = 2 * SEGMENT_BYTES  # a larger one is removed
 
 
 @dataclass(slots=True)
 class _Segment:
     path: Path
-    end: int = 0  # where the next record begins
+    spare: Path | None = None  # becomes the file
+    end: int = _HEAD.size  # where the next record begins
     live: set[str] = field(default_factory=set)  # what is needed of it
     live_bytes: int = 0
     is_damaged: bool = False  # what is needed of it cannot be read: there is nothing to move
+    tag: bytes = field(default_factory=lambda: os.urandom(16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,7 @@ class Segments:
         self._recent_bytes = 0
         self._open: _Segment | None = None  # the one that is appended to
         self._closed: list[_Segment] = []
+        self._spares: list[Path] = []
         self._last_number = 0
         self._pending: list[_Pending] = []
         self._writing = False
@@ -81,10 +92,13 @@ class Segments:
             segment = _Segment(path)
             with path.open("rb", buffering=0) as file:
                 total_bytes = os.fstat(file.fileno()).st_size
-                while len(head := os.pread(file.fileno(), _RECORD.size, segment.end)) == _RECORD.size:
-                    magic, crc, size_bytes, name = _RECORD.unpack(head)
+                head = os.pread(file.fileno(), _HEAD.size, 0)
+                segment.tag = head.removeprefix(_MAGIC)
+                is_one = len(head) == _HEAD.size and head.startswith(_MAGIC)
+                while is_one and len(head := os.pread(file.fileno(), _RECORD.size, segment.end)) == _RECORD.size:
+                    crc, size_bytes, name, tag = _RECORD.unpack(head)
                     start = segment.end + _RECORD.size
-                    if magic != _MAGIC or start + size_bytes > total_bytes:
+                    if tag != segment.tag or start + size_bytes > total_bytes:
                         break
                     self._locate(name.rstrip(b"\0").decode("ascii", "replace"), segment, start, size_bytes, crc)
                     segment.end = start + size_bytes
@@ -109,10 +123,11 @@ class Segments:
             try:
                 data = _read(place)
             except FileNotFoundError:
-                if self._places.get(name) is not place:  # it was moved meanwhile
-                    continue
-                raise
-            return data
+                if self._places.get(name) is place:
+                    raise
+                continue  # it was moved meanwhile
+            if self._places.get(name) is place:  # else another may have written over it
+                return data
         raise FileNotFoundError(f"{name} is in no segment")
 
     def lost(self, names: Iterable[str]) -> set[str]:
@@ -172,35 +187,56 @@ class Segments:
         # by itself: on a disk with little room it may fail where an upload would fit
         moved = [] if batch else self._to_move()
         empty = [segment for segment in self._closed if not segment.live]
-        if self._open and self._open.end and not self._open.live and not batch:
+        if self._open and self._open.end > _HEAD.size and not self._open.live and not batch:
             empty.append(self._open)
             self._open = None
         self._closed = [segment for segment in self._closed if segment.live]
         if not (batch or moved or empty):
             return
-        if self._open is None or self._open.end > SEGMENT_BYTES:
+        if (batch or moved) and (self._open is None or self._open.end > SEGMENT_BYTES):
             self._close_open()
         target = self._open
+        spared = {segment.path: segment.path.with_suffix(f".spare{PART}") for segment in self._to_spare(empty)}
         self._writing = True
 
         def work() -> list[tuple[str, int, int, int]]:
             with disk_errors(f"spool {self._folder}: write"):
                 for segment in empty:
-                    segment.path.unlink(missing_ok=True)
+                    if segment.path in spared:
+                        with contextlib.suppress(FileNotFoundError):
+                            segment.path.replace(spared[segment.path])
+                    else:
+                        segment.path.unlink(missing_ok=True)
                 records = [(one.name, one.chunks, one.size_bytes) for one in batch]
                 for name, place in moved:
                     with contextlib.suppress(FileNotFoundError):  # whoever needs it will find that it is gone
                         records.append((name, [_read(place)], place.size_bytes))
                 return self._append(target, records) if target and records else []
 
-        writing = asyncio.get_running_loop().run_in_executor(self._executor, work)
-        writing.add_done_callback(lambda written: self._written(written, batch, moved, target))
+        try:
+            writing = asyncio.get_running_loop().run_in_executor(self._executor, work)
+        except RuntimeError:  # the pool takes no more: the process stops
+            self._writing = False
+            for one in batch:
+                one.done.set_exception(Unavailable("the server stops; come again"))
+            return
+        writing.add_done_callback(lambda written: self._written(written, batch, moved, target, list(spared.values())))
+
+    def _to_spare(self, empty: Sequence[_Segment]) -> Sequence[_Segment]:
+        small = [segment for segment in empty if segment.end <= _SPARE_BYTES and not segment.is_damaged]
+        return small[: _MOST_SPARES - len(self._spares)]
+
+    def take_spares(self) -> list[Path]:
+        """To be removed by the caller."""
+        spares, self._spares = self._spares, []
+        return spares
 
     def _close_open(self) -> None:
         if self._open is not None:
             self._closed.append(self._open)
         self._last_number += 1
-        self._open = _Segment(self._folder / f"{self._last_number:012}.segment")
+        spare = self._spares.pop() if self._spares else None
+        self._open = _Segment(self._folder / f"{self._last_number:012}.segment", spare)
 
     def _to_move(self) -> list[tuple[str, _Place]]:
         """Of the first closed segment of which less than a quarter is needed, a bounded part."""
@@ -213,20 +249,30 @@ class Segments:
         self, target: _Segment, records: Sequence[tuple[str, Sequence[bytes | memoryview], int]]
     ) -> list[tuple[str, int, int, int]]:
         """In the executor. Name, start, size and CRC of each."""
-        written, parts, at = [], list[bytes | memoryview](), target.end
+        written, heads, parts, at = [], list[bytes](), list[bytes | memoryview](), target.end
         for name, chunks, size_bytes in records:
             crc = 0
             if self._fsync:  # after a loss of power a record may be there whose bytes are not
                 for chunk in chunks:
                     crc = zlib.crc32(chunk, crc)
-            parts += (_RECORD.pack(_MAGIC, crc, size_bytes, name.encode("ascii")), *chunks)
+            heads.append(_RECORD.pack(crc, size_bytes, name.encode("ascii"), target.tag))
+            parts += (heads[-1] if len(heads) > 1 else _NO_RECORD, *chunks)
             at += _RECORD.size
             written.append((name, at, size_bytes, crc))
             at += size_bytes
+        if target.spare is not None:
+            with contextlib.suppress(FileNotFoundError):  # somebody tidied up: a new one will do
+                target.spare.replace(target.path)
+            target.spare = None
+        is_new = target.end == _HEAD.size
         fd = os.open(target.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             try:
-                write_all(fd, parts, target.end)
+                if is_new:
+                    write_all(fd, [_HEAD.pack(_MAGIC, target.tag), *parts], 0)
+                else:
+                    write_all(fd, parts, target.end)
+                write_all(fd, heads[:1], target.end)
             except OSError:
                 os.ftruncate(fd, target.end)
                 raise
@@ -234,7 +280,7 @@ class Segments:
                 os.fsync(fd)
         finally:
             os.close(fd)
-        if self._fsync and not target.end:
+        if self._fsync and is_new:
             sync(self._folder)
         return written
 
@@ -244,8 +290,10 @@ class Segments:
         batch: Sequence[_Pending],
         moved: Sequence[tuple[str, _Place]],
         target: _Segment | None,
+        spares: Sequence[Path],
     ) -> None:
         self._writing = False
+        self._spares += spares  # those that are there
         if writing.cancelled() or (why := writing.exception()) is not None:
             for one in batch:
                 if not one.done.done():

@@ -300,7 +300,7 @@ class Spool:
         return self._spares.popitem()[0] if len(self._spares) > 1 else None
 
     async def _drop_spares(self) -> None:
-        if spares := list(self._spares):
+        if spares := [*self._spares, *self._segments.take_spares()]:
             self._spares = {}
             await self._run("remove spares", partial(_unlink, spares))
 
