@@ -58,7 +58,9 @@ if TYPE_CHECKING:  # a store's module is imported by the server that uses it
 logger = logging.getLogger(__name__)
 RENEW_CERTIFICATES_S = 86_400.0
 HEAPS = 2  # of malloc
-M_ARENA_MAX = -8  # glibc's malloc.h
+KEPT_FREE_BYTES = 64 * 1024 * 1024  # of memory that was freed, at the end of a heap
+MAPPED_FROM_BYTES = 32 * 1024 * 1024  # the largest that glibc takes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 COLLECT_AFTER = 700, 10, 4  # as Python has it, but for the last: a full collection looks at 10,000 to 30,000 objects
 YOUNG_UP_TO_S, MOST_UNSEEN = 0.05, 10_000  # objects
 COUNT_OBJECTS_EVERY_S = 600.0
@@ -544,14 +546,29 @@ async def _http(app: object, settings: Settings, tls: Certificates | None) -> As
             server.should_exit = True
 
 
-def _share_heaps() -> None:
+def keep_freed_memory() -> None:
+    """For the next messages of 1 MiB: given back to the kernel, and faulted in page by page again, an upload's cost a
+    fifth of a round. glibc would give back all above twice what was last mapped and freed.
+
+    Whoever sets one of these in the environment knows better. Other libraries have no mallopt.
+    """
+    if not any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+        _mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)  # else, once the other is set, all from 128 KiB are mapped
+        _mallopt(M_TRIM_THRESHOLD, KEPT_FREE_BYTES)
+
+
+def share_heaps() -> None:
     """Of all threads: glibc makes a heap for each that allocates, up to 8 a core, and what one had stays with it.
 
-    With parts of an object on their way in each that is 130 MB. Whoever sets MALLOC_ARENA_MAX knows better.
+    With parts of an object on their way in each that is 130 MB.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries have none
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        mallopt(M_ARENA_MAX, HEAPS)
+    if not any(name in os.environ for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")):
+        _mallopt(M_ARENA_MAX, HEAPS)
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(parameter, value)
 
 
 def _raise_file_limit(settings: Settings) -> None:
@@ -615,8 +632,9 @@ async def short_collections(is_quiet: Callable[[], bool]) -> AsyncIterator[None]
 
 async def run(settings: Settings, ready: Callable[[Server], None]) -> None:
     """Serves until SIGINT or SIGTERM; `ready` is called once."""
+    keep_freed_memory()
     if settings.s3_endpoint_url:
-        _share_heaps()
+        share_heaps()
     stopped = asyncio.Event()
     loop, starting = asyncio.get_running_loop(), asyncio.current_task()
 
