@@ -233,6 +233,9 @@ async def test_every_write_waits_for_the_journal_of_a_majority_and_no_call_for_e
         await store.find(SESSIONS, Query())
         await store.count(SESSIONS)
         await store.reports("1")
+        async with asyncio.timeout(60):
+            while not any("renewals" in str(command) for command in heard):
+                await asyncio.sleep(0.01)
     writes = [command for command in heard if not command.keys() & {"find", "aggregate"}]
     assert {next(iter(command)) for command in writes} == {"createIndexes", "insert", "update", "delete"}
     renewed = [update["u"] for command in writes if "update" in command for update in command["updates"]]
