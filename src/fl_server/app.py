@@ -560,7 +560,7 @@ def keep_freed_memory() -> None:
 def share_heaps() -> None:
     """Of all threads: glibc makes a heap for each that allocates, up to 8 a core, and what one had stays with it.
 
-    With parts of an object on their way in each that is 130 MB.
+    With parts of an object for S3 on their way in each that is 130 MB; keep_freed_memory() keeps as much of each heap.
     """
     if not any(name in os.environ for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")):
         _mallopt(M_ARENA_MAX, HEAPS)
@@ -632,9 +632,8 @@ async def short_collections(is_quiet: Callable[[], bool]) -> AsyncIterator[None]
 
 async def run(settings: Settings, ready: Callable[[Server], None]) -> None:
     """Serves until SIGINT or SIGTERM; `ready` is called once."""
+    share_heaps()
     keep_freed_memory()
-    if settings.s3_endpoint_url:
-        share_heaps()
     stopped = asyncio.Event()
     loop, starting = asyncio.get_running_loop(), asyncio.current_task()
 

@@ -152,9 +152,10 @@ async def test_of_a_write_that_was_cut_off_nothing_is_found(
             return answered, set(found), writing
 
     answered, found, size_bytes = await life(tmp_path / "whole", -1)
+    assert size_bytes > 2 * 84
     assert answered == found
     assert len(found) == 2 * write
-    for cut in range(24, size_bytes):  # before that the file may be the former one, with what was dropped
+    for cut in range(size_bytes):
         answered, found, _ = await life(tmp_path / f"{cut}", cut)
         assert answered == found
 
@@ -169,11 +170,11 @@ async def test_one_that_is_moved_while_it_is_read_is_read_again(
     place = spool._segments._places[name]
     read = segments._read
 
-    def moved(place_: Any) -> bytes:
-        if place_ is place:
-            spool._segments._places[name] = segments._Place(place.segment, place.start, place.size_bytes, 0)
+    def moved(name: str, found: Any) -> bytes:
+        if found is place:
+            spool._segments._places[name] = segments._Place(place.segment, place.start, place.size_bytes, None)
             return b"other"
-        return read(place_)
+        return read(name, found)
 
     monkeypatch.setattr(segments, "_read", moved)
     assert content(spool, name) == b"bytes"
@@ -190,6 +191,125 @@ async def test_spared_files_make_room_where_a_disk_has_none(tmp_path: Path, exec
     assert list(tmp_path.iterdir()) == []
     name = await received(spool, "b", b"b")
     assert content(spool, name) == b"b"
+
+
+async def test_a_large_file_is_not_spared(tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_SPARE_BYTES", 1000)
+    spool = await opened(tmp_path, executor)
+    await spool.remove([await received(spool, "a", bytes(1000))])
+    another = await received(spool, "b", b"b")
+    assert content(spool, another) == b"b"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+async def test_a_file_that_cannot_be_spared_is_removed(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "no room for a name")
+
+    spool = await opened(tmp_path, executor)
+    name = await received(spool, "a", bytes(1000))
+    monkeypatch.setattr(Path, "replace", refused)
+    await spool.remove([name])
+    another = await received(spool, "b", b"b")
+    assert content(spool, another) == b"b"
+    assert [path.name for path in tmp_path.iterdir()] == ["000000000002.segment"]
+
+
+async def test_what_could_not_be_removed_is_removed_later(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = await opened(tmp_path, executor)
+    name = await received(spool, "a", bytes(1000))
+
+    def refused(self: Path, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "the disk is ill")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", refused)
+        patched.setattr(Path, "unlink", refused)
+        await spool.remove([name])
+        incoming = await spool.begin("c", "b")
+        assert incoming.buffer(b"b")
+        while spool._segments._writing:
+            await asyncio.sleep(0)
+        with pytest.raises(Unavailable):  # it goes with the removal
+            await incoming.finish()
+    assert await incoming.finish()
+    await received(spool, "c", b"c")
+    assert files(tmp_path) == ["000000000002.segment"]
+
+
+async def test_a_write_that_failed_leaves_the_file_as_it_was(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its bytes were written and could not be synced."""
+
+    def refused(fd: int) -> None:
+        raise OSError(errno.EIO, "the disk is ill")
+
+    spool = await opened(tmp_path, executor, fsync=True)
+    first = await received(spool, "a", bytes(1000))
+    [file] = files(tmp_path)
+    size_bytes = (tmp_path / file).stat().st_size
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", refused)
+        with pytest.raises(Unavailable):
+            await received(spool, "b", b"b" * 1000)
+    assert (tmp_path / file).stat().st_size == size_bytes
+    spool = await opened(tmp_path, executor, fsync=True)
+    assert spool.stale(float("inf")) == [first]
+
+
+async def test_where_it_syncs_bytes_under_another_head_are_not_whole(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power a head may be there in part, in front of it what was there before."""
+    monkeypatch.setattr(segments, "RECENT_BYTES", 0)
+    spool = await opened(tmp_path, executor, fsync=True)
+    name = await received(spool, "a", bytes(1000))
+    [file] = files(tmp_path)
+    data = bytearray((tmp_path / file).read_bytes())
+    for begin, end, size_bytes in [(24, 28, 1000), (24, 36, 0)]:  # the CRC; the CRC and the size
+        (tmp_path / file).write_bytes(data[:begin] + bytes(end - begin) + data[end:])
+        spool = await opened(tmp_path, executor, fsync=True)
+        assert spool.size_bytes(name) == size_bytes
+        with pytest.raises(FileNotFoundError, match="not whole"):
+            spool.content(name)
+
+
+async def test_a_write_that_finds_no_room_gives_up_what_is_spared(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 100)
+    spool = await opened(tmp_path, executor)
+    await spool.remove([await received(spool, f"{n}", bytes(100)) for n in range(4)])
+    while spool._segments._writing:
+        await asyncio.sleep(0)
+    assert len(list(tmp_path.glob("*.spare.part"))) == 4
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", full)
+        with pytest.raises(Unavailable):
+            await received(spool, "more", b"x")
+    assert list(tmp_path.glob("*.spare.part")) == [tmp_path / "000000000004.spare.part"]  # its own
+    await received(spool, "more", b"x")
+
+
+async def test_more_uploads_than_go_into_one_call_are_written_together(tmp_path: Path) -> None:
+    with Counting(1) as executor:
+        spool = await opened(tmp_path, executor)
+        begun = [await spool.begin("c", f"{n}") for n in range(600)]
+        for number, incoming in enumerate(begun):
+            for part in b"%03d" % number, b"%03d" % -number:
+                assert incoming.buffer(part)
+        names = await asyncio.gather(*(incoming.finish() for incoming in begun))
+        spool = await opened(tmp_path, executor)
+        assert [content(spool, name) for name in names] == [b"%03d%03d" % (n, -n) for n in range(600)]
 
 
 class Counting(ThreadPoolExecutor):
@@ -216,6 +336,7 @@ async def test_a_removal_of_many_lets_others_have_their_turn_and_moves_nothing_t
         assert left == {600 - 256, 600 - 2 * 256, 0}
         assert executor.calls == 1
     assert files(tmp_path) == []
+    assert len(list(tmp_path.iterdir())) == 4  # to be written over
 
 
 async def test_uploads_that_come_while_one_is_written_are_written_together(tmp_path: Path) -> None:
@@ -410,7 +531,7 @@ async def test_one_that_is_moved_while_it_is_looked_for_is_not_lost(
     spool = await opened(tmp_path, executor)
     name = await received(spool, "a", b"bytes")
     former = spool._segments._places[name]
-    gone = segments._Place(segments._Segment(tmp_path / "gone.segment"), 0, 5, 0)
+    gone = segments._Place(segments._Segment(tmp_path / "gone.segment"), 0, 5, None)
     found = iter([gone, former, former])
     places = type("Places", (dict,), {"get": lambda self, name: next(found)})
     monkeypatch.setattr(spool._segments, "_places", places())

@@ -7,7 +7,8 @@ whole. What was dropped may be found again then: it is swept with what is too ol
 only there, except read() and lost().
 
 A file begins with its segment's tag, and each record ends its own head with it: 16 random bytes, so that nothing of the
-file's former contents, which strangers sent, is taken for a record. The head of a write's first record is written last.
+file's former contents, which strangers sent, is taken for a record. The head of a write's first record is written last,
+and a file that is used again begins as an empty segment before it has its new name.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ SEGMENT_BYTES = 32 * 1024 * 1024  # a larger one is closed
 RECENT_BYTES = 128 * 1024 * 1024  # of what was written last, still in memory
 GATHERED_S = 0.003  # a write waits so long for more, if more are under way: it costs more than what it writes
 _HEAD = struct.Struct("<8s16s")  # magic, tag
-_MAGIC = b"flserve\x02"
-_RECORD = struct.Struct("<IQ56s16s")  # CRC-32 of the bytes (0: not taken), their number, the name, the tag
+_MAGIC, _MAGIC_WITH_CRC = b"flserve\x02", b"flserve\x03"
+_RECORD = struct.Struct("<IQ56s16s")  # CRC-32, number of bytes, name, tag
+_SUMMED = struct.Struct("<Q56s")  # before the bytes, in the CRC
 _NO_RECORD = bytes(_RECORD.size)
 _FILE = re.compile(r"[0-9]{12}\.segment")
 _MOST_GATHERED = 64
@@ -48,6 +50,7 @@ class _Segment:
     end: int = _HEAD.size  # where the next record begins
     live: set[str] = field(default_factory=set)  # what is needed of it
     live_bytes: int = 0
+    has_crc: bool = False  # each of its records
     is_damaged: bool = False  # what is needed of it cannot be read: there is nothing to move
     tag: bytes = field(default_factory=lambda: os.urandom(16))
 
@@ -57,7 +60,7 @@ class _Place:
     segment: _Segment
     start: int
     size_bytes: int
-    crc: int
+    crc: int | None  # None: not taken
 
 
 @dataclass(slots=True)
@@ -93,8 +96,8 @@ class Segments:
             with path.open("rb", buffering=0) as file:
                 total_bytes = os.fstat(file.fileno()).st_size
                 head = os.pread(file.fileno(), _HEAD.size, 0)
-                segment.tag = head.removeprefix(_MAGIC)
-                is_one = len(head) == _HEAD.size and head.startswith(_MAGIC)
+                segment.tag, segment.has_crc = head[len(_MAGIC) :], head.startswith(_MAGIC_WITH_CRC)
+                is_one = len(head) == _HEAD.size and head.startswith((_MAGIC, _MAGIC_WITH_CRC))
                 while is_one and len(head := os.pread(file.fileno(), _RECORD.size, segment.end)) == _RECORD.size:
                     crc, size_bytes, name, tag = _RECORD.unpack(head)
                     start = segment.end + _RECORD.size
@@ -102,6 +105,8 @@ class Segments:
                         break
                     self._locate(name.rstrip(b"\0").decode("ascii", "replace"), segment, start, size_bytes, crc)
                     segment.end = start + size_bytes
+            if total_bytes > segment.end:  # a former one's, or a write's that was cut off
+                os.truncate(path, segment.end)
             self._closed.append(segment)
         for segment in list(self._closed):
             if not segment.live:
@@ -121,7 +126,7 @@ class Segments:
             if (recent := self._recent.get(name)) is not None:
                 return recent
             try:
-                data = _read(place)
+                data = _read(name, place)
             except FileNotFoundError:
                 if self._places.get(name) is place:
                     raise
@@ -196,21 +201,19 @@ class Segments:
         if (batch or moved) and (self._open is None or self._open.end > SEGMENT_BYTES):
             self._close_open()
         target = self._open
-        spared = {segment.path: segment.path.with_suffix(f".spare{PART}") for segment in self._to_spare(empty)}
+        to_spare, spares, left = self._to_spare(empty), list[Path](), list(empty)
         self._writing = True
 
         def work() -> list[tuple[str, int, int, int]]:
             with disk_errors(f"spool {self._folder}: write"):
                 for segment in empty:
-                    if segment.path in spared:
-                        with contextlib.suppress(FileNotFoundError):
-                            segment.path.replace(spared[segment.path])
-                    else:
+                    if not (segment in to_spare and _spare(segment.path, spares)):
                         segment.path.unlink(missing_ok=True)
+                    left.remove(segment)
                 records = [(one.name, one.chunks, one.size_bytes) for one in batch]
                 for name, place in moved:
                     with contextlib.suppress(FileNotFoundError):  # whoever needs it will find that it is gone
-                        records.append((name, [_read(place)], place.size_bytes))
+                        records.append((name, [_read(name, place)], place.size_bytes))
                 return self._append(target, records) if target and records else []
 
         try:
@@ -220,7 +223,7 @@ class Segments:
             for one in batch:
                 one.done.set_exception(Unavailable("the server stops; come again"))
             return
-        writing.add_done_callback(lambda written: self._written(written, batch, moved, target, list(spared.values())))
+        writing.add_done_callback(lambda written: self._written(written, batch, moved, target, spares, left))
 
     def _to_spare(self, empty: Sequence[_Segment]) -> Sequence[_Segment]:
         small = [segment for segment in empty if segment.end <= _SPARE_BYTES and not segment.is_damaged]
@@ -236,7 +239,7 @@ class Segments:
             self._closed.append(self._open)
         self._last_number += 1
         spare = self._spares.pop() if self._spares else None
-        self._open = _Segment(self._folder / f"{self._last_number:012}.segment", spare)
+        self._open = _Segment(self._folder / f"{self._last_number:012}.segment", spare, has_crc=self._fsync)
 
     def _to_move(self) -> list[tuple[str, _Place]]:
         """Of the first closed segment of which less than a quarter is needed, a bounded part."""
@@ -253,6 +256,7 @@ class Segments:
         for name, chunks, size_bytes in records:
             crc = 0
             if self._fsync:  # after a loss of power a record may be there whose bytes are not
+                crc = zlib.crc32(_SUMMED.pack(size_bytes, name.encode("ascii")))
                 for chunk in chunks:
                     crc = zlib.crc32(chunk, crc)
             heads.append(_RECORD.pack(crc, size_bytes, name.encode("ascii"), target.tag))
@@ -260,8 +264,10 @@ class Segments:
             at += _RECORD.size
             written.append((name, at, size_bytes, crc))
             at += size_bytes
+        head = _HEAD.pack(_MAGIC_WITH_CRC if self._fsync else _MAGIC, target.tag)
         if target.spare is not None:
             with contextlib.suppress(FileNotFoundError):  # somebody tidied up: a new one will do
+                _begin(target.spare, head, fsync=self._fsync)
                 target.spare.replace(target.path)
             target.spare = None
         is_new = target.end == _HEAD.size
@@ -269,19 +275,19 @@ class Segments:
         try:
             try:
                 if is_new:
-                    write_all(fd, [_HEAD.pack(_MAGIC, target.tag), *parts], 0)
+                    write_all(fd, [head, *parts], 0)
                 else:
                     write_all(fd, parts, target.end)
                 write_all(fd, heads[:1], target.end)
+                if self._fsync:
+                    os.fsync(fd)
+                if self._fsync and is_new:
+                    sync(self._folder)
             except OSError:
                 os.ftruncate(fd, target.end)
                 raise
-            if self._fsync:
-                os.fsync(fd)
         finally:
             os.close(fd)
-        if self._fsync and is_new:
-            sync(self._folder)
         return written
 
     def _written(
@@ -291,9 +297,12 @@ class Segments:
         moved: Sequence[tuple[str, _Place]],
         target: _Segment | None,
         spares: Sequence[Path],
+        left: Sequence[_Segment],
     ) -> None:
+        """left: of those to be removed."""
         self._writing = False
-        self._spares += spares  # those that are there
+        self._spares += spares
+        self._closed += left
         if writing.cancelled() or (why := writing.exception()) is not None:
             for one in batch:
                 if not one.done.done():
@@ -329,7 +338,7 @@ class Segments:
     def _locate(self, name: str, segment: _Segment, start: int, size_bytes: int, crc: int) -> None:
         if former := self._places.get(name):
             _leave(former, name)
-        self._places[name] = _Place(segment, start, size_bytes, crc)
+        self._places[name] = _Place(segment, start, size_bytes, crc if segment.has_crc else None)
         segment.live.add(name)
         segment.live_bytes += size_bytes
 
@@ -366,13 +375,38 @@ def write_all(fd: int, parts: Sequence[bytes | memoryview], at: int) -> None:
                 left[0] = left[0][written:]
 
 
-def _read(place: _Place) -> bytes:
+def _spare(path: Path, spares: list[Path]) -> bool:
+    """Whether it could be: then it has another name, and is among them."""
+    spare = path.with_suffix(f".spare{PART}")
+    try:
+        path.replace(spare)
+    except OSError:  # gone, or no room for a name: unlink() says which
+        return False
+    spares.append(spare)
+    return True
+
+
+def _begin(path: Path, head: bytes, *, fsync: bool) -> None:
+    """A segment without records, on the disk before it is one by its name. Raises FileNotFoundError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        write_all(fd, [head + _NO_RECORD], 0)
+        if fsync:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read(name: str, place: _Place) -> bytes:
     """Raises FileNotFoundError if it is not there, or not whole."""
     fd = os.open(place.segment.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = os.pread(fd, place.size_bytes, place.start)
     finally:
         os.close(fd)
-    if len(data) != place.size_bytes or (place.crc and zlib.crc32(data) != place.crc):
+    is_whole = len(data) == place.size_bytes
+    if is_whole and place.crc is not None:
+        is_whole = zlib.crc32(data, zlib.crc32(_SUMMED.pack(place.size_bytes, name.encode("ascii")))) == place.crc
+    if not is_whole:
         raise FileNotFoundError(f"{place.segment.path.name}: {place.size_bytes} bytes at {place.start} are not whole")
     return data

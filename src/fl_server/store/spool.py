@@ -484,7 +484,11 @@ class Upload:
             else:
                 self._has_come()
                 with self._needing_room():
-                    await self._spool._segments.append(name, self._chunks)
+                    try:
+                        await self._spool._segments.append(name, self._chunks)
+                    except Unavailable:
+                        await self._spool._drop_spares()
+                        raise
             self._finished = True
             self._spool._failed_bytes = 0
             self._spool._release(self.size_bytes)
