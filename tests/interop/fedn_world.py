@@ -14,7 +14,7 @@ import shutil
 import signal
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class Processes:
     async def stop(self) -> None:
         for process in self.started:
             if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)  # a FEDn client may have an entry point running
+                with suppress(ProcessLookupError):  # it has ended, and its end was not heard yet
+                    os.killpg(process.pid, signal.SIGKILL)  # a FEDn client may have an entry point running
         for process in self.started:
             await process.wait()
 
