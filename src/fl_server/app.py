@@ -632,8 +632,9 @@ async def short_collections(is_quiet: Callable[[], bool]) -> AsyncIterator[None]
 
 async def run(settings: Settings, ready: Callable[[Server], None]) -> None:
     """Serves until SIGINT or SIGTERM; `ready` is called once."""
-    share_heaps()
     keep_freed_memory()
+    if settings.s3_endpoint_url:
+        share_heaps()
     stopped = asyncio.Event()
     loop, starting = asyncio.get_running_loop(), asyncio.current_task()
 
