@@ -300,6 +300,14 @@ async def test_a_write_that_finds_no_room_gives_up_what_is_spared(
     await received(spool, "more", b"x")
 
 
+async def test_an_upload_that_comes_while_the_process_stops_is_told_to_come_again(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        spool = await opened(tmp_path, executor)
+    async with asyncio.timeout(30):
+        with pytest.raises(Unavailable, match="come again"):
+            await received(spool, "a", b"a")
+
+
 async def test_more_uploads_than_go_into_one_call_are_written_together(tmp_path: Path) -> None:
     with Counting(1) as executor:
         spool = await opened(tmp_path, executor)
